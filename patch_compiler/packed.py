@@ -1,0 +1,129 @@
+"""PackedWeight: the canonical packed form of a weight, bit-exact both ways.
+
+What the compressed checkpoint stores, what the reference kernel reads, and what every hardware layout in
+`codegen/formats` is made from. Tiles stand panel by panel, column by column; inside a tile, row by row:
+
+    values   [kept weights], the weight's dtype   a dense tile's weights, a 2:4 tile's kept weights, of a zero tile nothing
+    indices  uint8 [ceil(groups of 2:4 tiles / 2)]   4 bits a group: position of the first kept input | second << 2,
+                                                     the earlier group in the low half of its byte
+    kinds    uint8 [panels, columns]
+
+Nothing is padded: a bf16 2:4 tile takes exactly 0.5625 of a dense tile's bytes, and len(values) follows from the map alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .hard_mask import HardMask, from_tiles, to_tiles
+from .masks import INVALID_CODE, PATTERNS
+from .tile_map import GROUP, TileKind, TileMap
+
+
+def _positions(pattern: tuple[int, ...]) -> int:
+    first, second = (i for i, bit in enumerate(pattern) if bit)
+    return first | second << 2
+
+
+NIBBLE_OF_CODE = tuple(_positions(p) for p in PATTERNS)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """One packed weight; see the module's text for the layout.
+
+    Raises ValueError when sizes do not follow from the tile map or an index names no 2:4 pattern.
+    """
+
+    tile_map: TileMap
+    values: Tensor
+    indices: Tensor
+
+    def __post_init__(self) -> None:
+        nnz, groups = int(self.tile_map.kept().sum()), int(sparse24_groups(self.tile_map).sum())
+        if self.values.dim() != 1 or self.values.numel() != nnz:
+            raise ValueError(f"packed values of shape {tuple(self.values.shape)}: {self.tile_map} keeps {nnz} weights")
+        if self.indices.dtype != torch.uint8 or tuple(self.indices.shape) != (-(-groups // 2),):
+            raise ValueError(
+                f"packed indices {self.indices.dtype} {tuple(self.indices.shape)}: "
+                f"{self.tile_map} needs uint8 ({-(-groups // 2)},)"
+            )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values, indices and kinds."""
+        return packed_bytes(self.tile_map, self.dtype)
+
+    def hard_mask(self) -> HardMask:
+        """The explicit mask. Raises ValueError if an index is no 2:4 pattern (a damaged file)."""
+        table = torch.full((16,), INVALID_CODE, dtype=torch.uint8)
+        table[list(NIBBLE_OF_CODE)] = torch.arange(len(PATTERNS), dtype=torch.uint8)
+        packed = self.indices.cpu()
+        nibbles = torch.stack([packed & 15, packed >> 4], 1).flatten()
+        place = group_places(self.tile_map)
+        total = int(place.sum())
+        if total % 2 and int(nibbles[total]) != 0:
+            raise ValueError("packed indices: the unused half of the last byte is not zero")
+        found = table[nibbles[:total].int()]
+        if bool((found == INVALID_CODE).any()):
+            raise ValueError(f"packed indices: {int((found == INVALID_CODE).sum())} of {total} groups hold no 2:4 pattern")
+        codes = torch.zeros(place.shape, dtype=torch.uint8)
+        codes[place] = found
+        m, k = self.tile_map.shape
+        return HardMask(self.tile_map, from_tiles(codes, (m, -(-k // GROUP))))
+
+    def panel_starts(self) -> Tensor:
+        """int64 [panels, 2] on the CPU: first value and first 2:4 group of every panel, for kernels to start from."""
+        kept, groups = self.tile_map.kept().sum(1), sparse24_groups(self.tile_map).sum(1)
+        return torch.stack([kept.cumsum(0) - kept, groups.cumsum(0) - groups], 1)
+
+
+def packed_bytes(tile_map: TileMap, dtype: torch.dtype) -> int:
+    """Bytes of values, indices and kinds of a weight under this map; it follows from the map alone."""
+    values, groups = int(tile_map.kept().sum()), int(sparse24_groups(tile_map).sum())
+    return values * dtype.itemsize + -(-groups // 2) + tile_map.kinds.numel()
+
+
+def sparse24_groups(tile_map: TileMap) -> Tensor:
+    """int64 [panels, columns]: groups of four each 2:4 tile has; 0 for the other kinds."""
+    groups = tile_map.tile_rows[:, None] * (-(-tile_map.tile_columns // GROUP))[None, :]
+    return torch.where(tile_map.kinds == int(TileKind.SPARSE24), groups, 0)
+
+
+def group_places(tile_map: TileMap) -> Tensor:
+    """bool [panels, columns, b1, b2 / 4]: groups that exist and lie in a 2:4 tile, in storage order."""
+    sparse = tile_map.group_kinds() == int(TileKind.SPARSE24)
+    return to_tiles(sparse, (tile_map.tile[0], tile_map.tile[1] // GROUP), fill=False)
+
+
+def pack(weight: Tensor, mask: HardMask) -> PackedWeight:
+    """Pack a weight [M, K] of any dtype; what the mask drops is dropped, what it keeps is kept bit for bit.
+
+    Works where the weight is (CPU or GPU). Raises ValueError when the shapes differ.
+    """
+    tile_map = mask.tile_map
+    if tuple(weight.shape) != tile_map.shape:
+        raise ValueError(f"weight of shape {tuple(weight.shape)} under a mask of shape {tile_map.shape}")
+    keep = to_tiles(mask.keep(weight.device), tile_map.tile, fill=False)
+    values = to_tiles(weight.detach(), tile_map.tile)[keep]
+    nibbles = torch.tensor(NIBBLE_OF_CODE, dtype=torch.uint8)[mask.codes.int()]
+    stream = to_tiles(nibbles, (tile_map.tile[0], tile_map.tile[1] // GROUP))[group_places(tile_map)]
+    if stream.numel() % 2:
+        stream = torch.cat([stream, stream.new_zeros(1)])
+    return PackedWeight(tile_map, values, (stream[0::2] | stream[1::2] << 4).to(weight.device))
+
+
+def unpack(packed: PackedWeight) -> Tensor:
+    """[M, K] with +0.0 where nothing was kept: `unpack(pack(w, mask))` equals `apply_mask(w, mask.keep())` bit for bit."""
+    tile_map = packed.tile_map
+    keep = to_tiles(packed.hard_mask().keep(packed.values.device), tile_map.tile, fill=False)
+    tiles = torch.zeros(keep.shape, dtype=packed.dtype, device=packed.values.device)
+    tiles[keep] = packed.values
+    return from_tiles(tiles, tile_map.shape)

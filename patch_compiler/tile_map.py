@@ -1,0 +1,166 @@
+"""TileKind and TileMap: which tiles of a weight are dense, which are 2:4, which are zero.
+
+The ground floor of the project: this file imports nothing of ours, everything else speaks its words.
+A weight W is [M = out_features, K = in_features]; a tile is b1 x b2 of it; a row of tiles is a panel.
+Edge tiles are ragged: 576 = 4.5 x 128 is a normal size, not an error.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DEFAULT_TILE = (128, 128)  # PATCH, arXiv 2509.23410
+GROUP = 4  # 2:4 sparsity keeps two weights of every four consecutive inputs
+
+
+class TileKind(enum.IntEnum):
+    """What a tile holds. The numbers are part of the file format: do not renumber."""
+
+    ZERO = 0
+    SPARSE24 = 1
+    DENSE = 2
+
+
+def normalize_tile(tile: int | tuple[int, int] | list[int]) -> tuple[int, int]:
+    """`128` -> `(128, 128)`; checks a tile size: rows >= 1, columns a positive multiple of four.
+
+    Raises ValueError: columns must hold whole 2:4 groups, or a group would straddle two tiles.
+    """
+    rows, columns = (tile, tile) if isinstance(tile, int) else tile
+    if not (isinstance(rows, int) and isinstance(columns, int) and rows >= 1 and columns >= GROUP and columns % GROUP == 0):
+        raise ValueError(f"tile size {tile!r}: rows must be >= 1 and columns a positive multiple of {GROUP}")
+    return int(rows), int(columns)
+
+
+def sparse24_kept(width: int) -> int:
+    """Weights a row of `width` inputs keeps under 2:4; a last partial group of r inputs keeps min(2, r)."""
+    return 2 * (width // GROUP) + min(2, width % GROUP)
+
+
+@dataclass(frozen=True, eq=False)
+class TileMap:
+    """The kinds of one weight's tiles.
+
+    shape: (M, K) of the weight. tile: (b1, b2), b2 a multiple of 4.
+    kinds: uint8 [panels, columns] on the CPU, values of TileKind; panels = ceil(M / b1), columns = ceil(K / b2).
+
+    Raises ValueError naming the value and what is allowed.
+    """
+
+    shape: tuple[int, int]
+    tile: tuple[int, int]
+    kinds: Tensor
+
+    def __post_init__(self) -> None:
+        m, k = self.shape
+        if not (isinstance(m, int) and isinstance(k, int) and m >= 1 and k >= 1):
+            raise ValueError(f"weight shape {self.shape!r}: both sizes must be positive integers")
+        object.__setattr__(self, "shape", (m, k))
+        object.__setattr__(self, "tile", normalize_tile(self.tile))
+        grid = self.grid_of(self.shape, self.tile)
+        if tuple(self.kinds.shape) != grid:
+            raise ValueError(
+                f"tile map of shape {tuple(self.kinds.shape)}: "
+                f"a {m}x{k} weight in {self.tile[0]}x{self.tile[1]} tiles needs {grid}"
+            )
+        if self.kinds.dtype != torch.uint8 or self.kinds.device.type != "cpu":
+            object.__setattr__(self, "kinds", self.kinds.to("cpu", torch.uint8))
+        if int(self.kinds.max()) > max(TileKind):
+            raise ValueError(
+                f"tile kind {int(self.kinds.max())}: known kinds are {[f'{k.value}={k.name.lower()}' for k in TileKind]}"
+            )
+
+    # ---- making one
+
+    @staticmethod
+    def grid_of(shape: tuple[int, int], tile: tuple[int, int]) -> tuple[int, int]:
+        """(panels, columns) of a weight of this shape."""
+        return -(-shape[0] // tile[0]), -(-shape[1] // tile[1])
+
+    @classmethod
+    def full(cls, shape: tuple[int, int], kind: TileKind, tile: int | tuple[int, int] = DEFAULT_TILE) -> TileMap:
+        """Every tile of one kind."""
+        tile = normalize_tile(tile)
+        return cls(shape, tile, torch.full(cls.grid_of(shape, tile), int(kind), dtype=torch.uint8))
+
+    @classmethod
+    def from_dense(cls, shape: tuple[int, int], dense: Tensor, tile: int | tuple[int, int] = DEFAULT_TILE) -> TileMap:
+        """`dense`: bool [panels, columns]; True stays dense, False becomes 2:4."""
+        kinds = torch.where(dense.cpu(), int(TileKind.DENSE), int(TileKind.SPARSE24)).to(torch.uint8)
+        return cls(shape, normalize_tile(tile), kinds)
+
+    # ---- sizes, exact for ragged edges
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.kinds.shape[0], self.kinds.shape[1]
+
+    @cached_property
+    def tile_rows(self) -> Tensor:
+        """int64 [panels]: rows of each panel (the last may be short)."""
+        start = torch.arange(self.grid[0]) * self.tile[0]
+        return (self.shape[0] - start).clamp(max=self.tile[0])
+
+    @cached_property
+    def tile_columns(self) -> Tensor:
+        """int64 [columns]: inputs of each tile column (the last may be short)."""
+        start = torch.arange(self.grid[1]) * self.tile[1]
+        return (self.shape[1] - start).clamp(max=self.tile[1])
+
+    def areas(self) -> Tensor:
+        """int64 [panels, columns]: weights in each tile."""
+        return self.tile_rows[:, None] * self.tile_columns[None, :]
+
+    def sparse24_areas(self) -> Tensor:
+        """int64 [panels, columns]: weights each tile would keep if it were 2:4."""
+        kept = torch.tensor([sparse24_kept(int(w)) for w in self.tile_columns])
+        return self.tile_rows[:, None] * kept[None, :]
+
+    def kept(self) -> Tensor:
+        """int64 [panels, columns]: weights each tile keeps under this map."""
+        choices = torch.stack([torch.zeros_like(self.areas()), self.sparse24_areas(), self.areas()])
+        return choices.gather(0, self.kinds[None].long())[0]
+
+    @property
+    def weights(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def zeros(self) -> int:
+        return self.weights - int(self.kept().sum())
+
+    @property
+    def sparsity(self) -> float:
+        """zeros / weights, exact."""
+        return self.zeros / self.weights
+
+    def count(self, kind: TileKind) -> int:
+        return int((self.kinds == int(kind)).sum())
+
+    def group_kinds(self) -> Tensor:
+        """uint8 [M, ceil(K / 4)]: the kind of the tile that each group of four inputs lies in."""
+        rows = self.kinds.repeat_interleave(self.tile[0], 0)[: self.shape[0]]
+        return rows.repeat_interleave(self.tile[1] // GROUP, 1)[:, : -(-self.shape[1] // GROUP)]
+
+    # ---- identity
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TileMap):
+            return NotImplemented
+        return (self.shape, self.tile) == (other.shape, other.tile) and torch.equal(self.kinds, other.kinds)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{self.count(k)} {k.name.lower()}" for k in reversed(TileKind) if self.count(k))
+        (m, k), (b1, b2) = self.shape, self.tile
+        return f"TileMap({m}x{k} in {b1}x{b2} tiles: {counts}; sparsity {self.sparsity:.2%})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TileMap, (self.shape, self.tile, self.kinds)

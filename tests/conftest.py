@@ -1,0 +1,42 @@
+"""Shared set-up: the Triton interpreter where there is no GPU, a printed seed, a fresh compiler per test that asks."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated, so before ours are imported
+    torch.set_num_threads(1)  # the tensors are small: more threads only wait for each other
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("patch", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patch")
+
+SEED = int(os.environ.get("PATCH_TEST_SEED", random.SystemRandom().randrange(2**31)))
+
+
+def pytest_report_header() -> str:
+    return f"torch seed: {SEED} (PATCH_TEST_SEED={SEED} repeats this run's inputs)"
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(SEED)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where the Triton kernel runs: the GPU, or the CPU through the interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
