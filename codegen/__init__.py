@@ -1,0 +1,1 @@
+"""From a packed weight to a running kernel."""

@@ -1,0 +1,120 @@
+"""Which modules of a model are linear layers we may sparsify, how to view their weight as [M, K], and which mask they carry."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .hard_mask import HardMask
+from .masks import apply_mask_
+
+_MASK_ATTRIBUTE = "patch_hard_mask"  # on the weight Parameter: it is what the compiler's graph shows us
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's `Conv1D` of transformers: a linear layer that stores its weight as [in, out]."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a dense linear as a view [M = out_features, K = in_features] of the parameter's own memory."""
+    weight = module.weight
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"{type(module).__name__} holds no dense weight")
+    return weight.detach().t() if is_conv1d(module) else weight.detach()
+
+
+def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Path and list of a causal LM's decoder blocks: the module list as long as the config says the model is deep.
+
+    Raises ValueError if there is none (an encoder, or not a transformers model).
+    """
+    config = getattr(model, "config", None)
+    text_config = config.get_text_config(decoder=True) if config is not None else None
+    depth = getattr(text_config, "num_hidden_layers", None)
+    candidates = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == depth
+        and any(_is_dense_linear(m) or hasattr(m, "tile_map") for m in module.modules())
+    }
+    # a multimodal model may have an equally deep vision tower: the decoder is the one with more weights
+    if not candidates:
+        raise ValueError(
+            f"{type(model).__name__}: no list of {depth} decoder blocks with linear layers found; only decoder language models "
+            "of transformers (LLaMA, Qwen, Gemma, OPT, GPT-2 and their like) can be pruned block by block"
+        )
+    name = max(candidates, key=lambda n: sum(p.numel() for p in candidates[n].parameters()))
+    return name, candidates[name]
+
+
+def named_linears(model: nn.Module, include: str | None = None, exclude: str | None = None) -> dict[str, nn.Module]:
+    """Dense linear layers (nn.Linear, Conv1D) that sparsity applies to, by module path, in the model's order.
+
+    A causal LM's decoder blocks, never embeddings or lm_head; of any other module, all its linears.
+    include, exclude: regular expressions searched in the path. Raises ValueError for a bad expression.
+    """
+    try:
+        wanted, unwanted = (re.compile(r) if r is not None else None for r in (include, exclude))
+    except re.error as error:
+        raise ValueError(f"include {include!r} / exclude {exclude!r}: not a regular expression ({error})") from None
+    root, prefix = model, ""
+    if getattr(model, "config", None) is not None:
+        try:
+            prefix, root = decoder_blocks(model)
+        except ValueError:
+            root, prefix = model, ""
+    found = {}
+    for name, module in root.named_modules(prefix=prefix):
+        if not _is_dense_linear(module):
+            continue
+        if (wanted is None or wanted.search(name)) and not (unwanted is not None and unwanted.search(name)):
+            found[name] = module
+    return found
+
+
+def _is_dense_linear(module: nn.Module) -> bool:
+    return (isinstance(module, nn.Linear) or is_conv1d(module)) and isinstance(getattr(module, "weight", None), Tensor)
+
+
+def attach_mask(module: nn.Module, mask: HardMask) -> None:
+    """Remember the mask on the weight parameter, so that `torch.compile(backend="patch")` and `convert` find it.
+
+    It survives `.to(...)` and `load_state_dict`, not `copy.deepcopy` and not replacing the parameter.
+    """
+    setattr(module.weight, _MASK_ATTRIBUTE, mask)
+
+
+def mask_of(module_or_weight: nn.Module | Tensor) -> HardMask | None:
+    """The mask attached to a linear layer or to its weight parameter, if any."""
+    weight = getattr(module_or_weight, "weight", None) if isinstance(module_or_weight, nn.Module) else module_or_weight
+    return getattr(weight, _MASK_ATTRIBUTE, None)
+
+
+def get_linears(model: nn.Module, masks: Mapping[str, HardMask]) -> dict[str, nn.Module]:
+    """The dense linear layer of every mask. Raises ValueError if a name or shape does not match, before anything is changed."""
+    modules = dict(model.named_modules())
+    found = {}
+    for name, mask in masks.items():
+        module = modules.get(name)
+        if module is None or not _is_dense_linear(module):
+            what = "no such module" if module is None else f"a {type(module).__name__}, not a dense linear layer"
+            raise ValueError(f"mask for {name!r}: {what} in {type(model).__name__}")
+        shape = tuple(weight_of(module).shape)
+        if shape != mask.tile_map.shape:
+            raise ValueError(f"mask for {name!r} is made for a weight of shape {mask.tile_map.shape}, the model's is {shape}")
+        found[name] = module
+    return found
+
+
+@torch.no_grad()
+def apply_masks(model: nn.Module, masks: Mapping[str, HardMask]) -> None:
+    """Write +0.0 wherever a mask drops a weight, in place, and attach the masks. All names and shapes are checked first."""
+    for name, module in get_linears(model, masks).items():
+        weight = weight_of(module)
+        apply_mask_(weight, masks[name].keep(weight.device))
+        attach_mask(module, masks[name])

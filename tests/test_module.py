@@ -1,0 +1,132 @@
+"""PatchLinear and convert."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from patch_compiler import HardMask, PatchLinear, TileKind, TileMap, apply_masks, convert, named_linears, pack
+from patch_compiler.linears import decoder_blocks, mask_of, weight_of
+from patch_compiler.masks import apply_mask
+
+from .models import FAMILIES, tiny_model
+from .strategies import random_hard_mask
+
+
+def masks_for(model: nn.Module, tile: int = 16, **kwargs) -> dict[str, HardMask]:
+    return {n: random_hard_mask(tuple(weight_of(m).shape), tile, **kwargs) for n, m in named_linears(model).items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_linears_of_every_family_are_found(family: str) -> None:
+    model = tiny_model(family)
+    path, blocks = decoder_blocks(model)
+    names = list(named_linears(model))
+    per_block = {"llama": 7, "qwen2": 7, "gemma3": 7, "opt": 6, "gpt2": 4}[family]
+    assert len(blocks) == 2
+    assert len(names) == 2 * per_block
+    assert all(n.startswith(path + ".") and "lm_head" not in n for n in names)
+    assert named_linears(model, include=r"\.0\.", exclude="attn") == {
+        n: m for n, m in named_linears(model).items() if ".0." in n and "attn" not in n
+    }
+
+
+def test_bad_expressions_and_models_without_blocks_are_refused() -> None:
+    with pytest.raises(ValueError, match="not a regular expression"):
+        named_linears(tiny_model("llama"), include="(")
+    with pytest.raises(ValueError, match="no list of None decoder blocks"):
+        decoder_blocks(nn.Sequential(nn.Linear(4, 4)))
+    assert list(named_linears(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))) == ["0"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_converted_model_gives_the_masked_models_logits(family: str) -> None:
+    model = tiny_model(family)
+    masks = masks_for(model)
+    before = {n: weight_of(m).clone() for n, m in named_linears(model).items()}
+    apply_masks(model, masks)
+    for name, module in named_linears(model).items():
+        assert torch.equal(weight_of(module), apply_mask(before[name], masks[name].keep()))
+        assert mask_of(module) is masks[name]
+    tokens = torch.randint(0, 128, (2, 9))
+    with torch.no_grad():
+        reference = model(tokens).logits
+        assert convert(model) is model
+        torch.testing.assert_close(model(tokens).logits, reference, atol=1e-4, rtol=1e-4)
+    assert not named_linears(model)
+    assert sum(isinstance(m, PatchLinear) for m in model.modules()) == len(masks)
+
+
+def test_the_dense_weight_is_freed() -> None:
+    model = tiny_model("llama")
+    apply_masks(model, masks_for(model))
+    dead = [weakref.ref(m.weight) for m in named_linears(model).values()]
+    before = sum(t.numel() * t.element_size() for m in named_linears(model).values() for t in m.parameters())
+    convert(model)
+    gc.collect()
+    assert [r() for r in dead] == [None] * len(dead)
+    after = sum(m.packed.nbytes for m in model.modules() if isinstance(m, PatchLinear))
+    assert after < 0.85 * before
+
+
+def test_a_shared_layer_stays_shared() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(32, 32)})
+    model["b"] = model["a"]
+    convert(model, {"a": random_hard_mask((32, 32), 16)})
+    assert isinstance(model["a"], PatchLinear)
+    assert model["a"] is model["b"]
+
+
+def test_nothing_changes_when_a_mask_does_not_fit() -> None:
+    model = tiny_model("llama")
+    masks = masks_for(model)
+    state = copy.deepcopy(model.state_dict())
+    wrong_name = {**masks, "model.layers.7.mlp.up_proj": next(iter(masks.values()))}
+    wrong_shape = {**masks, "model.layers.1.mlp.up_proj": random_hard_mask((16, 16), 16)}
+    for bad, message in (
+        (wrong_name, r"layers\.7\.mlp\.up_proj.*no such module"),
+        (wrong_shape, r"made for a weight of shape \(16, 16\)"),
+    ):
+        for change in (apply_masks, convert):
+            with pytest.raises(ValueError, match=message):
+                change(model, bad)
+    with pytest.raises(ValueError, match="not a dense linear layer"):
+        convert(model, {"model.embed_tokens": random_hard_mask((16, 16), 16)})
+    with pytest.raises(ValueError, match="no linear layer carries a mask"):
+        convert(model)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+def test_state_dict_round_trip_and_its_refusals() -> None:
+    mask = random_hard_mask((40, 44), 16)
+    source = PatchLinear(pack(torch.randn(40, 44), mask), torch.randn(40))
+    target = PatchLinear.empty((40, 44), (16, 16), mask.tile_map.kinds, torch.float32, bias=True)
+    target.load_state_dict(source.state_dict())
+    x = torch.randn(3, 44)
+    assert torch.equal(source(x), target(x))
+    assert torch.equal(copy.deepcopy(source)(x), source(x))
+    other = mask.tile_map.kinds.clone()
+    other.view(-1)[[0, -1]] = other.view(-1)[[-1, 0]]  # same number of tiles of each kind, in other places
+    with pytest.raises(RuntimeError, match="another tile map"):
+        PatchLinear.empty((40, 44), (16, 16), other, torch.float32, bias=True).load_state_dict(source.state_dict())
+
+
+def test_moving_and_casting() -> None:
+    layer = PatchLinear(pack(torch.randn(32, 32), random_hard_mask((32, 32), 16)), torch.randn(32)).to(torch.bfloat16)
+    assert layer.values.dtype == layer.bias.dtype == layer(torch.randn(2, 32).bfloat16()).dtype == torch.bfloat16
+    assert layer.indices.dtype == layer.kinds.dtype == torch.uint8
+
+
+def test_dropped_weights_are_dropped_whatever_they_hold() -> None:
+    mask = HardMask.select(TileMap.full((16, 16), TileKind.SPARSE24, 16), torch.rand(16, 16))
+    module = nn.Linear(16, 16, bias=False)
+    kept = apply_mask(module.weight.detach(), mask.keep())
+    with torch.no_grad():
+        module.weight[~mask.keep()] = float("nan")
+    model = convert(nn.Sequential(module), {"0": mask})
+    assert torch.equal(model[0].dense_weight(), kept)

@@ -1,0 +1,71 @@
+"""The operator's contract with torch: opcheck, autograd, autocast, export."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from patch_compiler import PatchLinear, ops, pack
+
+from .strategies import random_hard_mask, relative_error
+
+
+def layer(m: int = 40, k: int = 44, dtype: torch.dtype = torch.float32, bias: bool = True) -> PatchLinear:
+    packed = pack(torch.randn(m, k).to(dtype), random_hard_mask((m, k), 16))
+    return PatchLinear(packed, torch.randn(m).to(dtype) if bias else None)
+
+
+@pytest.mark.parametrize("shape", [(44,), (3, 44), (2, 0, 44), (2, 3, 44)])
+def test_any_leading_shape(shape: tuple[int, ...]) -> None:
+    module, x = layer(), torch.randn(shape)
+    torch.testing.assert_close(module(x), F.linear(x, module.dense_weight(), module.bias), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(requires_grad: bool) -> None:
+    module = layer()
+    sizes = (module.out_features, module.in_features, *module.tile_map.tile)
+    x = torch.randn(2, 3, 44, requires_grad=requires_grad)
+    torch.library.opcheck(
+        ops.linear, (x, module.values, module.indices, module.kinds, module.panel_starts, module.bias, *sizes)
+    )
+    grad = torch.randn(2, 3, 40)
+    torch.library.opcheck(
+        torch.ops.patch.linear_dx.default, (grad, module.values, module.indices, module.kinds, module.panel_starts, *sizes)
+    )
+
+
+def test_gradients_reach_input_and_bias() -> None:
+    module = layer(dtype=torch.float64).requires_grad_()
+    weight, x = module.dense_weight(), torch.randn(5, 44, dtype=torch.float64, requires_grad=True)
+    reference = torch.randn(5, 40, dtype=torch.float64)
+    module(x).mul(reference).sum().backward()
+    assert relative_error(x.grad, reference @ weight) < 1e-12
+    assert relative_error(module.bias.grad, reference.sum(0)) < 1e-12
+
+
+def test_autocast_follows_linear() -> None:
+    module, x = layer(), torch.randn(3, 44)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, reference = module(x), F.linear(x, module.dense_weight(), module.bias)
+    assert y.dtype == reference.dtype == torch.bfloat16
+    assert relative_error(y, reference) < 4e-3
+
+
+def test_wrong_inputs_name_what_is_wrong() -> None:
+    module = layer()
+    with pytest.raises(RuntimeError, match="x has 43 features, the weight takes 44"):
+        module(torch.randn(2, 43))
+    with pytest.raises(RuntimeError, match=r"bfloat16, the weight is torch.float32"):
+        module(torch.randn(2, 44).bfloat16())
+
+
+def test_export_keeps_the_operator_and_a_dynamic_batch(tmp_path) -> None:
+    module = layer().eval()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(module, (torch.randn(4, 44),), dynamic_shapes={"x": {0: batch}})
+    assert "patch.linear" in str(program.graph)
+    torch.export.save(program, tmp_path / "layer.pt2")
+    x = torch.randn(9, 44)
+    torch.testing.assert_close(torch.export.load(tmp_path / "layer.pt2").module()(x), module(x))
