@@ -1,0 +1,123 @@
+"""Write files and directories so that a failed or interrupted run leaves nothing half-written.
+
+The writer gets a fresh path beside the target; at the end it is flushed to disk and renamed. On any exception,
+KeyboardInterrupt included, the partial is removed and the old target stays as it was.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+OUR_FILES = ("config.json", "model.patch.safetensors", "mask.safetensors")
+OUR_DIRECTORIES = ("additional_chat_templates",)  # written by tokenizers that have several
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a path to write to; it becomes `path` at the end. Missing parent directories are made.
+
+    Raises ValueError if `path` is a directory, or if nothing was written.
+    """
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise ValueError(f"{path}: is a directory, a file is to be written there")
+    with _partial(target) as partial:
+        yield partial
+        if not partial.is_file():
+            raise ValueError(f"{path}: nothing was written")
+        _flush(partial)
+        os.replace(partial, target)
+        _flush(target.parent)
+
+
+@contextmanager
+def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields an empty directory to fill; it becomes `path` at the end. Missing parent directories are made.
+
+    An existing directory is replaced only if it is empty or an earlier output of ours: it holds a config.json, a compressed
+    checkpoint or a mask file, and no foreign subdirectory. Raises ValueError otherwise, before anything is written.
+    """
+    target = Path(os.path.realpath(path))
+    _check_replaceable(target, path)
+    with _partial(target) as partial:
+        partial.mkdir()
+        yield partial
+        for file in (*partial.rglob("*"), partial):
+            _flush(file)
+        _check_replaceable(target, path)  # the writer may have run for hours
+        _replace_directory(partial, target)
+        _flush(target.parent)
+
+
+@contextmanager
+def _partial(target: Path) -> Iterator[Path]:
+    made = _make_parents(target.parent)
+    partial = target.parent / f".{target.name[:100]}.{secrets.token_hex(6)}.partial"
+    try:
+        yield partial
+    except BaseException:
+        _remove(partial)
+        for parent in made:
+            with suppress(OSError):  # somebody else may have put a file there meanwhile
+                parent.rmdir()
+        raise
+
+
+def _make_parents(parent: Path) -> list[Path]:
+    """Make the missing parents; the made ones, innermost first."""
+    missing = [p for p in (parent, *parent.parents) if not p.exists()]
+    parent.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _check_replaceable(target: Path, path: str | os.PathLike[str]) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ValueError(f"{path}: is a file, a directory is to be written there")
+    entries = list(target.iterdir())
+    ours = any(entry.name in OUR_FILES for entry in entries) and not any(
+        entry.is_dir() and entry.name not in OUR_DIRECTORIES for entry in entries
+    )
+    if entries and not ours:
+        raise ValueError(
+            f"{path}: exists and does not look like an earlier output ({', '.join(OUR_FILES)}); choose another directory"
+        )
+
+
+def _replace_directory(new: Path, target: Path) -> None:
+    if not target.exists():
+        os.rename(new, target)
+        return
+    old = new.with_name(new.name.removesuffix(".partial") + ".old")
+    os.rename(target, old)
+    try:
+        os.rename(new, target)
+    except BaseException:
+        os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """fsync a file or directory; a file system that cannot (some network mounts) is let through."""
+    if os.name == "nt" and path.is_dir():
+        return
+    with suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

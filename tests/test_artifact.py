@@ -1,0 +1,473 @@
+"""Mask file, compressed checkpoint and atomic writing: what is saved comes back, and no damaged or hostile file does anything
+but raise one ArtifactError."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from patch_compiler.artifact import ArtifactError, LayerHeader, load_checkpoint, load_masks, save_checkpoint, save_masks
+from patch_compiler.atomic import atomic_directory, atomic_file
+from patch_compiler.hard_mask import HardMask
+from patch_compiler.masks import apply_mask
+from patch_compiler.packed import pack, unpack
+from patch_compiler.tile_map import TileMap
+
+FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def random_mask(shape: tuple[int, int], tile: tuple[int, int], generator: torch.Generator | None = None) -> HardMask:
+    kinds = torch.randint(0, 3, TileMap.grid_of(shape, tile), dtype=torch.uint8, generator=generator)
+    return HardMask.select(TileMap(shape, tile, kinds), torch.rand(shape, generator=generator))
+
+
+@st.composite
+def masks(draw: st.DrawFn) -> HardMask:
+    shape = (draw(st.integers(1, 40)), draw(st.integers(1, 40)))
+    tile = (draw(st.sampled_from([1, 3, 16])), draw(st.sampled_from([4, 8, 16])))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    return random_mask(shape, tile, generator)
+
+
+def edit(path: Path, change: Callable[[dict[str, Tensor], Any], Any]) -> None:
+    """Rewrite a file. change(tensors, header) may edit both in place or return the header's text."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        metadata = dict(file.metadata())
+    header = json.loads(metadata["patch"])
+    returned = change(tensors, header)
+    header = returned if isinstance(returned, str) else header
+    metadata["patch"] = header if isinstance(header, str) else json.dumps(header)
+    save_file(tensors, path, metadata)
+
+
+# ---- round trips
+
+
+@given(st.lists(masks(), max_size=3))
+@FUZZ
+def test_masks_round_trip(tmp_path: Path, found: list[HardMask]) -> None:
+    saved = {f"model.layers.{i}.proj": mask for i, mask in enumerate(found)}
+    save_masks(tmp_path / "mask.safetensors", saved, base_model="org/model", provenance={"method": "wanda", "sparsity": 0.35})
+    file = load_masks(tmp_path / "mask.safetensors")
+    assert file.masks == saved
+    assert (file.base_model, file.provenance) == ("org/model", {"method": "wanda", "sparsity": 0.35})
+
+
+@given(masks(), st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64]), st.booleans())
+@FUZZ
+def test_checkpoint_round_trip(tmp_path: Path, mask: HardMask, dtype: torch.dtype, bias: bool) -> None:
+    weight = torch.randn(mask.tile_map.shape, dtype=dtype)
+    weight[0, 0] = float("nan")
+    packed = pack(weight, mask)
+    tensors = {"a.b.values": packed.values, "a.b.indices": packed.indices, "a.b.kinds": packed.tile_map.kinds}
+    tensors["norm.weight"] = torch.rand(3)
+    if bias:
+        tensors["a.b.bias"] = torch.rand(mask.tile_map.shape[0]).to(dtype)
+    header = LayerHeader(mask.tile_map.shape, mask.tile_map.tile, dtype)
+    save_checkpoint(tmp_path / "c.safetensors", tensors, {"a.b": header}, provenance={"x": [1, None]})
+    file = load_checkpoint(tmp_path / "c.safetensors")
+    assert file.layers == {"a.b": header}
+    assert file.provenance == {"x": [1, None]}
+    assert set(file.tensors) == set(tensors)
+    for name, tensor in tensors.items():
+        assert torch.equal(file.tensors[name].view(torch.uint8), tensor.view(torch.uint8))
+    back, masked = unpack(file.packed("a.b")), apply_mask(weight, mask.keep())
+    assert torch.equal(back.view(torch.uint8), masked.view(torch.uint8))
+
+
+@pytest.mark.parametrize("side", [128, 64, 32, 16])
+def test_mask_file_takes_at_most_one_bit_a_weight(tmp_path: Path, side: int) -> None:
+    kinds = torch.ones(-(-576 // side), -(-1536 // side), dtype=torch.uint8)
+    mask = HardMask.select(TileMap((576, 1536), (side, side), kinds), torch.rand(576, 1536))
+    save_masks(tmp_path / "m", {"layer": mask})
+    assert (tmp_path / "m").stat().st_size * 8 <= 576 * 1536
+    assert load_masks(tmp_path / "m").masks["layer"] == mask
+
+
+def test_two_layers_may_share_one_mask(tmp_path: Path) -> None:
+    mask = random_mask((20, 24), (16, 8))
+    save_masks(tmp_path / "m", {"a": mask, "b": mask})
+    assert load_masks(tmp_path / "m").masks == {"a": mask, "b": mask}
+
+
+def test_saving_refuses_what_no_reader_takes(tmp_path: Path) -> None:
+    mask = random_mask((8, 8), (4, 4))
+    with pytest.raises(ValueError, match="provenance must be plain JSON"):
+        save_masks(tmp_path / "m", {"a": mask}, provenance={"x": torch.ones(1)})
+    packed = pack(torch.rand(8, 8), mask)
+    good = {"a.values": packed.values, "a.indices": packed.indices, "a.kinds": mask.tile_map.kinds}
+    header = LayerHeader((8, 8), (4, 4), torch.float32)
+    for tensors, wrong, message in [
+        ({**good, "a.values": torch.rand(65)}, header, "packed values"),
+        ({k: v for k, v in good.items() if k != "a.indices"}, header, "'indices' is missing"),
+        (good, LayerHeader((8, 8), (4, 4), torch.float16), "the header says torch.float16"),
+        (good, LayerHeader((8, 8), (4, 4), torch.int32), "dtype int32"),
+        (good, LayerHeader((8, 9), (4, 4), torch.float32), "a 8x9 weight"),
+    ]:
+        with pytest.raises(ValueError, match=rf"layer 'a': .*{message}"):
+            save_checkpoint(tmp_path / "c", tensors, {"a": wrong})
+    with pytest.raises(ValueError, match=r"'a\.values' and 'tied' are the same memory"):
+        save_checkpoint(tmp_path / "c", good | {"tied": packed.values}, {"a": header})
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- damaged and hostile files
+
+
+@pytest.fixture(scope="module")
+def mask_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("fuzz") / "m"
+    save_masks(
+        path, {"a.q": random_mask((9, 10), (4, 4)), "b": random_mask((8, 8), (4, 8))}, base_model="x", provenance={"k": 1}
+    )
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def checkpoint_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("fuzz") / "c"
+    write_checkpoint(path)
+    return path.read_bytes()
+
+
+def write_checkpoint(path: Path, shape: tuple[int, int] = (9, 11)) -> None:
+    tile_map = TileMap(shape, (4, 4), torch.ones(TileMap.grid_of(shape, (4, 4)), dtype=torch.uint8))
+    packed = pack(torch.randn(shape), HardMask.select(tile_map, torch.rand(shape)))
+    parts = {"values": packed.values, "indices": packed.indices, "kinds": tile_map.kinds, "bias": torch.rand(shape[0])}
+    tensors = {f"m.q.{part}": tensor for part, tensor in parts.items()} | {"m.norm.weight": torch.rand(3)}
+    save_checkpoint(path, tensors, {"m.q": LayerHeader(shape, (4, 4), torch.float32)}, provenance={"k": 1})
+
+
+@st.composite
+def damage(draw: st.DrawFn) -> Callable[[bytes], bytes]:
+    cut = draw(st.none() | st.floats(0, 1))
+    flips = draw(st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), max_size=4))
+    extra = draw(st.binary(max_size=3))
+
+    def apply(data: bytes) -> bytes:
+        damaged = bytearray(data if cut is None else data[: int(cut * len(data))])
+        for where, bits in flips:
+            if damaged:
+                damaged[int(where * len(damaged))] ^= bits
+        return bytes(damaged) + extra
+
+    return apply
+
+
+@given(change=damage())
+@settings(FUZZ, max_examples=400)
+def test_fuzzed_mask_file(tmp_path: Path, mask_bytes: bytes, change: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / "m"
+    path.write_bytes(change(mask_bytes))
+    try:
+        file = load_masks(path)
+    except ArtifactError:
+        return
+    for mask in file.masks.values():  # a flip in the data may give another valid mask
+        assert mask.keep().shape == mask.tile_map.shape
+        assert int(mask.keep().sum()) == int(mask.tile_map.kept().sum())
+
+
+@given(change=damage())
+@settings(FUZZ, max_examples=400)
+def test_fuzzed_checkpoint(tmp_path: Path, checkpoint_bytes: bytes, change: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / "c"
+    path.write_bytes(change(checkpoint_bytes))
+    try:
+        file = load_checkpoint(path)
+    except ArtifactError:
+        return
+    for name, header in file.layers.items():
+        assert unpack(file.packed(name)).shape == header.shape
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=3),
+    lambda x: st.lists(x) | st.dictionaries(st.text(max_size=3), x),
+)
+
+
+@given(JSON)
+@settings(FUZZ, max_examples=40)
+def test_any_json_as_header_or_part_of_it(tmp_path: Path, mask_bytes: bytes, checkpoint_bytes: bytes, value: Any) -> None:
+    for data, load, entry in ((mask_bytes, load_masks, "b"), (checkpoint_bytes, load_checkpoint, "m.q")):
+        places: list[tuple[Any, ...]] = [(), ("version",), ("layers",), ("layers", entry)]
+        places += [("layers", entry, key) for key in (("shape", "tile") if load is load_masks else ("shape", "tile", "dtype"))]
+        for place in places:
+            path = tmp_path / "f"
+            path.write_bytes(data)
+
+            def replace(_: Any, header: Any, place: tuple[Any, ...] = place) -> Any:
+                if not place:
+                    return json.dumps(value)
+                for key in place[:-1]:
+                    header = header[key]
+                header[place[-1]] = value
+                return None
+
+            edit(path, replace)
+            valid = place == ("version",) and type(value) is int and value == 1
+            valid |= place == ("layers",) and value == {} and load is load_checkpoint  # all tensors are the model's own then
+            with nullcontext() if valid else pytest.raises(ArtifactError, match=str(path)):
+                load(path)
+
+
+HOSTILE_SIZES = [
+    [-8, 8], [0, 8], [True, 8], [8.0, 8], ["8", 8], [8], [8, 8, 8], 8, None, {"0": 8},
+    [2**24 + 1, 1], [2**24, 2**24], [2**63, 2**63], [9, 8], [8, 9],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["shape", "tile"])
+@pytest.mark.parametrize("size", HOSTILE_SIZES, ids=str)
+def test_hostile_sizes(tmp_path: Path, key: str, size: Any) -> None:
+    mask = HardMask.select(TileMap((8, 8), (4, 4), torch.tensor([[0, 1], [1, 2]])), torch.rand(8, 8))
+    save_masks(tmp_path / "m", {"good": mask, "bad.layer": mask})
+    edit(tmp_path / "m", lambda _, header: header["layers"]["bad.layer"].__setitem__(key, size))
+    with pytest.raises(ArtifactError, match=r"m: layer 'bad\.layer'"):
+        load_masks(tmp_path / "m")
+    write_checkpoint(tmp_path / "c")
+    edit(tmp_path / "c", lambda _, header: header["layers"]["m.q"].__setitem__(key, size))
+    with pytest.raises(ArtifactError, match=r"c: layer 'm\.q'"):
+        load_checkpoint(tmp_path / "c")
+
+
+def test_zero_tiles_do_not_stand_for_more_memory_than_the_file_is_worth(tmp_path: Path) -> None:
+    """Every layer is within the limits and consistent, all of them together are not."""
+    side = 2**15
+    kinds = {f"l{i}.kinds": torch.zeros(1, 1, dtype=torch.uint8) for i in range(8)}
+    patterns = {f"l{i}.patterns": torch.zeros(0, dtype=torch.uint8) for i in range(8)}
+    layers = {f"l{i}": {"shape": [side, side], "tile": [side, side]} for i in range(8)}
+    header = {"version": 1, "base_model": None, "provenance": {}, "layers": layers}
+    save_file(kinds | patterns, tmp_path / "m", {"format": "patch-mask", "patch": json.dumps(header)})
+    with pytest.raises(ArtifactError, match="weights together"):
+        load_masks(tmp_path / "m")
+
+
+def mask_edits() -> dict[str, tuple[Callable[[dict[str, Tensor], Any], Any], str]]:
+    def set_(key: str, value: Any) -> Callable[[dict[str, Tensor], Any], None]:
+        return lambda tensors, _: tensors.__setitem__(key, value)
+
+    def in_place(key: str, index: int, value: int) -> Callable[[dict[str, Tensor], Any], None]:
+        return lambda tensors, _: tensors[key].view(-1).__setitem__(index, value)
+
+    return {
+        "kind 3": (in_place("a.kinds", 0, 3), "layer 'a': tile kind 3"),
+        "kind flipped": (in_place("a.kinds", 0, 0), "layer 'a': patterns is"),
+        "pattern byte 216": (in_place("a.patterns", 0, 216), "layer 'a': pattern byte 216"),
+        "fill": (in_place("a.patterns", -1, 36), "layer 'a': the unused places"),
+        "missing": (lambda tensors, _: tensors.pop("a.patterns"), "layer 'a': tensor 'patterns' is missing"),
+        "extra": (set_("a.values", torch.zeros(1)), "'a.values' belongs to no layer"),
+        "dtype": (set_("a.kinds", torch.ones(2, 2, dtype=torch.int32)), "layer 'a': kinds is I32"),
+        "rank": (set_("a.kinds", torch.ones(4, dtype=torch.uint8)), "layer 'a': kinds is U8"),
+        "no layer": (lambda _, header: header["layers"].pop("a"), "belongs to no layer"),
+        "version": (lambda _, header: header.__setitem__("version", 2), "format version 2; this release reads version 1"),
+        "boolean version": (lambda _, header: header.__setitem__("version", True), "format version True"),
+        "key missing": (lambda _, header: header.pop("base_model"), "it must hold"),
+        "key extra": (lambda _, header: header.__setitem__("more", 1), "it must hold"),
+        "base_model": (lambda _, header: header.__setitem__("base_model", 3), "base_model"),
+        "layers a list": (lambda _, header: header.__setitem__("layers", []), "layers in the header must be an object"),
+        "nesting": (lambda *_: "[" * 200_000 + "]" * 200_000, "not valid JSON"),
+        "duplicate": (lambda _, header: json.dumps(header).replace('"layers": {', '"layers": {"a": {}, '), "'a' stands twice"),
+        "NaN": (lambda _, header: json.dumps(header).replace("[8, 8]", "[NaN, 8]"), "NaN is not a JSON number"),
+        "huge number": (lambda _, header: json.dumps(header).replace("[8, 8]", "[" + "9" * 6000 + ", 8]"), "not valid JSON"),
+        "no JSON": (lambda *_: "{", "not valid JSON"),
+        "a list": (lambda *_: "[]", "must be a JSON object"),
+    }
+
+
+@pytest.mark.parametrize("case", mask_edits())
+def test_mask_file_edits(tmp_path: Path, case: str) -> None:
+    kinds = torch.tensor([[1, 2], [0, 2]])  # four groups in the one 2:4 tile: two pattern bytes, two places of the last unused
+    save_masks(tmp_path / "m", {"a": HardMask.select(TileMap((8, 8), (4, 4), kinds), torch.rand(8, 8))})
+    change, message = mask_edits()[case]
+    edit(tmp_path / "m", change)
+    with pytest.raises(ArtifactError, match=message):
+        load_masks(tmp_path / "m")
+
+
+@pytest.mark.parametrize("depth", [200, 900, 5000])
+@pytest.mark.parametrize("old", ["[9, 11]", "1", '"float32"'])
+def test_nesting_breaks_no_error_message(tmp_path: Path, depth: int, old: str) -> None:
+    write_checkpoint(tmp_path / "c")
+    edit(tmp_path / "c", lambda _, header: json.dumps(header).replace(old, "[" * depth + "]" * depth))
+    with pytest.raises(ArtifactError):
+        load_checkpoint(tmp_path / "c")
+
+
+def test_pattern_that_keeps_padding_of_a_partial_group_is_refused(tmp_path: Path) -> None:
+    mask = HardMask(TileMap((1, 6), (1, 8), torch.ones(1, 1)), torch.zeros(1, 2))
+    save_masks(tmp_path / "m", {"a": mask})
+    edit(
+        tmp_path / "m", lambda tensors, _: tensors["a.patterns"].fill_(0 + 6 * 5)
+    )  # the last group's two inputs: keep 3rd and 4th
+    with pytest.raises(ArtifactError, match="layer 'a': the last group has 2 of 4 inputs"):
+        load_masks(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, h: t["m.q.indices"].__setitem__(0, 0), "layer 'm.q': 1 bytes of the indices hold no 2:4 pattern"),
+        (lambda t, h: t["m.q.indices"].__setitem__(-1, 255), "layer 'm.q': 1 bytes of the indices"),
+        (lambda t, h: t["m.q.kinds"][0].fill_(2), "layer 'm.q': indices is"),
+        (lambda t, h: t["m.q.kinds"][0].fill_(7), "layer 'm.q': tile kind 7"),
+        (lambda t, h: t.__setitem__("m.q.values", t["m.q.values"][1:]), "layer 'm.q': values is F32"),
+        (lambda t, h: t.__setitem__("m.q.values", t["m.q.values"].half()), "layer 'm.q': values is F16"),
+        (lambda t, h: t.__setitem__("m.q.bias", torch.rand(8)), "layer 'm.q': bias is F32"),
+        (lambda t, h: t.__setitem__("m.q.bias", torch.ones(9, dtype=torch.uint8)), "layer 'm.q': bias is U8"),
+        (lambda t, h: t.__setitem__("m.q.weight", torch.rand(9, 11)), "layer 'm.q': tensor 'weight' is none of"),
+        (lambda t, h: t.__setitem__("m.q.x.y", torch.rand(2)), r"layer 'm.q': tensor 'x\.y' is none of"),
+        (lambda t, h: t.pop("m.q.kinds") is None, "layer 'm.q': tensor 'kinds' is missing"),
+        (lambda t, h: h["layers"]["m.q"].__setitem__("dtype", "uint8"), "layer 'm.q': dtype 'uint8'"),
+        (lambda t, h: h["layers"].__setitem__("gone", h["layers"]["m.q"]), "layer 'gone': tensor 'kinds' is missing"),
+        (lambda t, h: h["layers"]["m.q"].__setitem__("group", 4), "layer 'm.q': the header's entry must hold exactly"),
+    ],
+)  # fmt: skip
+def test_checkpoint_edits(tmp_path: Path, change: Callable[[dict[str, Tensor], Any], Any], message: str) -> None:
+    write_checkpoint(tmp_path / "c", (9, 12))
+    edit(tmp_path / "c", change)
+    with pytest.raises(ArtifactError, match=message):
+        load_checkpoint(tmp_path / "c")
+
+
+def test_index_of_a_missing_input_is_refused(tmp_path: Path) -> None:
+    """The last group of 11 inputs has three: a pattern that keeps the fourth would shift all values behind it."""
+    write_checkpoint(tmp_path / "c", (8, 11))
+    edit(tmp_path / "c", lambda tensors, _: tensors["m.q.indices"].fill_(0xEE))  # third and fourth input everywhere
+    with pytest.raises(ArtifactError, match=r"layer 'm\.q': the last group has 3 of 4 inputs"):
+        load_checkpoint(tmp_path / "c")
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    save_masks(tmp_path / "m", {})
+    save_file({"a": torch.rand(2)}, tmp_path / "plain")
+    save_file({"a": torch.rand(2)}, tmp_path / "bare", {"format": "patch-mask"})
+    (tmp_path / "text").write_text("hello")
+    for name, message in [
+        ("m", "its format is 'patch-mask', not 'patch-checkpoint'"),
+        ("plain", "its format is None"),
+        ("text", "not a whole safetensors file"),
+        ("gone", "no such file"),
+        (".", "no such file"),
+    ]:
+        with pytest.raises(ArtifactError, match=message):
+            load_checkpoint(tmp_path / name)
+    with pytest.raises(ArtifactError, match="no 'patch' header"):
+        load_masks(tmp_path / "bare")
+
+
+# ---- atomic writing
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_atomic_file_leaves_nothing_half_written(tmp_path: Path, error: type[BaseException]) -> None:
+    def interrupted(path: Path) -> None:
+        with atomic_file(path) as partial:
+            partial.write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        interrupted(tmp_path / "new" / "deep" / "file")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(error):
+        interrupted(tmp_path / "file")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "old"
+    with atomic_file(tmp_path / "file") as partial:
+        partial.write_text("new")
+        assert (tmp_path / "file").read_text() == "old"
+    assert (tmp_path / "file").read_text() == "new"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_atomic_file_needs_a_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is a directory"), atomic_file(tmp_path):
+        pass
+    with pytest.raises(ValueError, match="nothing was written"), atomic_file(tmp_path / "x"):
+        pass
+
+
+def fill(directory: Path, text: str, error: type[BaseException] | None = None) -> None:
+    with atomic_directory(directory) as partial:
+        (partial / "config.json").write_text(text)
+        if error is not None:
+            raise error
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_atomic_directory_keeps_the_old_one_on_failure(tmp_path: Path, error: type[BaseException]) -> None:
+    out = tmp_path / "a" / "out"
+    with pytest.raises(error):
+        fill(out, "half", error)
+    assert list(tmp_path.iterdir()) == []
+    fill(out, "old")
+    with pytest.raises(error):
+        fill(out, "half", error)
+    assert (out / "config.json").read_text() == "old"
+    with atomic_directory(out) as partial:
+        (partial / "config.json").write_text("new")
+        (partial / "other").mkdir()
+        (partial / "other" / "file").write_text("x")
+    assert (out / "config.json").read_text() == "new"
+    assert [p.name for p in out.parent.iterdir()] == ["out"]
+
+
+def test_atomic_directory_puts_the_old_one_back_if_the_rename_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path / "out", "old")
+    rename, calls = os.rename, []
+
+    def second_fails(source: Path, target: Path) -> None:
+        calls.append(source)
+        if len(calls) == 2:
+            raise OSError("disk")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", second_fails)
+    with pytest.raises(OSError, match="disk"):
+        fill(tmp_path / "out", "new")
+    assert (tmp_path / "out" / "config.json").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_atomic_directory_replaces_only_our_own(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with atomic_directory(tmp_path / "empty") as partial:
+        (partial / "x").write_text("1")
+    assert (tmp_path / "empty" / "x").read_text() == "1"
+    foreign = tmp_path / "thesis"
+    foreign.mkdir()
+    (foreign / "chapter1.txt").write_text("years of work")
+    project = tmp_path / "project"
+    (project / ".git").mkdir(parents=True)
+    (project / "config.json").write_text("{}")
+    file = tmp_path / "file"
+    file.write_text("x")
+    for target in (foreign, project, file):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(ValueError, match=str(target)), atomic_directory(target):
+            pytest.fail("the body must not run")
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_atomic_directory_follows_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)
+    with atomic_directory(tmp_path / "link") as partial:
+        (partial / "x").write_text("1")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "x").read_text() == "1"
