@@ -40,10 +40,12 @@ def _linear(
     out_features: int, in_features: int, tile_rows: int, tile_columns: int,
 ) -> Tensor:  # fmt: skip
     _check(x, values, in_features)
-    run = reference.linear_triton if uses_triton(x.device, x.dtype) else reference.linear_torch
+    launch = reference.launch_triton if uses_triton(x.device, x.dtype) else reference.launch_torch
     rows = x.reshape(-1, in_features).contiguous()
-    y = run(rows, values, indices, kinds, panel_starts, bias, out_features, in_features, tile_rows, tile_columns)
-    return y.view(*x.shape[:-1], out_features)
+    y = x.new_empty((*x.shape[:-1], out_features))  # returned as it is: autograd refuses in-place writes to a view made in here
+    arguments = (indices, kinds, panel_starts, bias, out_features, in_features, tile_rows, tile_columns)
+    launch(y.view(rows.shape[0], out_features), rows, values, *arguments)
+    return y
 
 
 def _linear_fake(x: Tensor, *arguments: Any) -> Tensor:

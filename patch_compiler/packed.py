@@ -111,19 +111,46 @@ def pack(weight: Tensor, mask: HardMask) -> PackedWeight:
     tile_map = mask.tile_map
     if tuple(weight.shape) != tile_map.shape:
         raise ValueError(f"weight of shape {tuple(weight.shape)} under a mask of shape {tile_map.shape}")
-    keep = to_tiles(mask.keep(weight.device), tile_map.tile, fill=False)
-    values = to_tiles(weight.detach(), tile_map.tile)[keep]
+    keep = mask.keep(weight.device)
+    values = torch.cat(
+        [_tiles(weight.detach()[rows], tile_map)[_tiles(keep[rows], tile_map)] for rows in _row_blocks(tile_map)]
+    )
     nibbles = torch.tensor(NIBBLE_OF_CODE, dtype=torch.uint8)[mask.codes.int()]
     stream = to_tiles(nibbles, (tile_map.tile[0], tile_map.tile[1] // GROUP))[group_places(tile_map)]
     if stream.numel() % 2:
         stream = torch.cat([stream, stream.new_zeros(1)])
-    return PackedWeight(tile_map, values, (stream[0::2] | stream[1::2] << 4).to(weight.device))
+    return PackedWeight(tile_map, values.view(weight.dtype), (stream[0::2] | stream[1::2] << 4).to(weight.device))
 
 
 def unpack(packed: PackedWeight) -> Tensor:
     """[M, K] with +0.0 where nothing was kept: `unpack(pack(w, mask))` equals `apply_mask(w, mask.keep())` bit for bit."""
     tile_map = packed.tile_map
-    keep = to_tiles(packed.hard_mask().keep(packed.values.device), tile_map.tile, fill=False)
-    tiles = torch.zeros(keep.shape, dtype=packed.dtype, device=packed.values.device)
-    tiles[keep] = packed.values
-    return from_tiles(tiles, tile_map.shape)
+    keep, values = packed.hard_mask().keep(packed.values.device), _bits(packed.values)
+    weight = torch.empty(tile_map.shape, dtype=values.dtype, device=values.device)
+    start = 0
+    for rows in _row_blocks(tile_map):
+        kept, part = _tiles(keep[rows], tile_map), weight[rows]
+        count = int(kept.sum())
+        tiles = torch.zeros(kept.shape, dtype=values.dtype, device=values.device)
+        tiles[kept] = values[start : start + count]
+        start += count
+        shape = (part.shape[0], part.shape[1])
+        part.copy_(from_tiles(tiles.view(*TileMap.grid_of(shape, tile_map.tile), *tile_map.tile), shape))
+    return weight.view(packed.dtype)
+
+
+def _bits(x: Tensor) -> Tensor:
+    """The same memory as integers: torch's copies of bfloat16 may go through float32, which changes the bits of a NaN."""
+    return x.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
+def _tiles(x: Tensor, tile_map: TileMap) -> Tensor:
+    """Flat, in storage order. Boolean indexing makes one int64 per dimension and kept weight, so one dimension only."""
+    return to_tiles(x, tile_map.tile).flatten()
+
+
+def _row_blocks(tile_map: TileMap) -> list[slice]:
+    """Runs of whole panels of about 2**24 weights: the indices that boolean indexing makes stay below 150 MB."""
+    panels = max(1, 2**24 // (tile_map.tile[0] * tile_map.shape[1]))
+    step = panels * tile_map.tile[0]
+    return [slice(first, first + step) for first in range(0, tile_map.shape[0], step)]

@@ -7,8 +7,6 @@ no split of K, so results do not depend on launch order. It is the oracle and th
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -89,7 +87,7 @@ def _block(size: int, largest: int) -> int:
     return max(16, min(largest, triton.next_power_of_2(size)))
 
 
-def launch(
+def launch_triton(
     y: Tensor, x: Tensor, values: Tensor, indices: Tensor, kinds: Tensor, panel_starts: Tensor, bias: Tensor | None,
     out_features: int, in_features: int, tile_rows: int, tile_columns: int,
 ) -> None:  # fmt: skip
@@ -110,13 +108,6 @@ def launch(
         UPCAST=bool(triton.knobs.runtime.interpret),
         num_warps=8,
     )  # fmt: skip
-
-
-def linear_triton(x: Tensor, *arguments: Any) -> Tensor:
-    """x [T, K] contiguous -> [T, M]; the arguments are `launch`'s after x."""
-    y = x.new_empty((x.shape[0], arguments[-4]))
-    launch(y, x, *arguments)
-    return y
 
 
 def expand_panel(
@@ -171,19 +162,16 @@ def _nibbles(indices: Tensor, start: int, count: int) -> Tensor:
     return torch.stack([packed & 15, packed >> 4], 1).flatten()[start % 2 : start % 2 + count]
 
 
-def linear_torch(
-    x: Tensor, values: Tensor, indices: Tensor, kinds: Tensor, panel_starts: Tensor, bias: Tensor | None,
+def launch_torch(
+    y: Tensor, x: Tensor, values: Tensor, indices: Tensor, kinds: Tensor, panel_starts: Tensor, bias: Tensor | None,
     out_features: int, in_features: int, tile_rows: int, tile_columns: int,
-) -> Tensor:  # fmt: skip
-    """The same as `linear_triton` on any device and dtype, panel by panel: one dense panel is in memory at a time."""
-    y = x.new_empty((x.shape[0], out_features))
-    starts = panel_starts.tolist()
+) -> None:  # fmt: skip
+    """The same as `launch_triton` on any device and dtype, panel by panel: one dense panel is in memory at a time."""
     on_host = kinds.cpu()
-    for panel, (value, group) in enumerate(starts):
+    for panel, (value, group) in enumerate(panel_starts.tolist()):
         begin, end = panel * tile_rows, min((panel + 1) * tile_rows, out_features)
         weight = expand_panel(values, indices, on_host[panel], (value, group), end - begin, in_features, tile_columns)
         y[:, begin:end] = torch.nn.functional.linear(x, weight, None if bias is None else bias[begin:end])
-    return y
 
 
 def input_gradient(
