@@ -1,0 +1,59 @@
+"""The private names of Dynamo that the passes need, behind one wall (torch 2.11 - 2.15 agree on all of them)."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.guards import GuardBuilder, install_guard
+from torch._dynamo.source import LocalSource
+from torch._guards import TracingContext
+
+
+def is_static(node: fx.Node) -> bool:
+    """Whether Dynamo marked this placeholder as a parameter or buffer of the traced module."""
+    return node.op == "placeholder" and bool((node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type"))
+
+
+def guard_identity(node: fx.Node) -> None:
+    """Make Dynamo recompile if this parameter becomes another tensor object.
+
+    Without it Dynamo runs the graph for any instance of the same class, with the weights of the first. Call only
+    while the backend runs.
+    """
+    install_guard(node.meta["grapharg"].source.make_guard(GuardBuilder.ID_MATCH))
+
+
+def parameter_path(node: fx.Node) -> str | None:
+    """`model.layers.0.mlp.up_proj.weight` of a parameter's placeholder, if Dynamo knows where it comes from."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return None
+    name = source.name if isinstance(source.name, str) else source.name()
+    parts = re.findall(r"(?:\['([^']+)'\]|\.([A-Za-z_]\w*)|\[(\d+)\])", name)
+    path = [next(p for p in part if p) for part in parts]
+    path = path[1:] if name.startswith("L[") else path  # L['self']
+    return ".".join(p for p in path if p not in ("_modules", "_parameters", "_buffers")) or None
+
+
+def add_buffer(graph_module: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
+    """Register a tensor on the graph module and return a get_attr node for it at the current insertion point.
+
+    AOTAutograd asserts that every buffer of a Dynamo graph has a source; with one it lifts the buffer to a static
+    graph input: nothing is baked in, CUDA graphs do not copy it, caches work across different values.
+    """
+    graph_module.register_buffer(name, tensor)
+    sources = getattr(graph_module, "_param_name_to_source", None)
+    if sources is not None:
+        sources[name] = LocalSource(name)
+    node = graph_module.graph.get_attr(name)
+    context = TracingContext.try_get()
+    if context is not None and context.fake_mode is not None:
+        node.meta["example_value"] = context.fake_mode.from_tensor(tensor, static_shapes=True)
+    return node
+
+
+def is_plain_tensor(value: object) -> bool:
+    """A real tensor, not a fake, meta or subclass one (DTensor, quantized): only those can be read and packed."""
+    return type(value) in (Tensor, torch.nn.Parameter) and not value.is_meta  # type: ignore[attr-defined]

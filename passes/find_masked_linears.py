@@ -1,0 +1,104 @@
+"""Find every linear layer of the graph and say which of them are candidates.
+
+A candidate is an `F.linear` whose weight is a masked expression over parameters, or a parameter that carries a tile map.
+`patch::linear` of a PatchLinear is listed too: it is packed already. Everything else is listed with the reason it stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from patch_compiler.hard_mask import HardMask
+from patch_compiler.linears import mask_of
+from patch_compiler.tile_map import TileMap, normalize_tile
+
+from .context import Context, Linear
+from .dynamo import is_plain_tensor, is_static, parameter_path
+from .masked_weight import MaskedWeight, shared
+from .weight_expression import WeightExpression, keep_mask, weight_expression
+
+
+def run(graph: fx.Graph, context: Context) -> fx.Graph:
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        if node.target is F.linear:
+            context.linears.append(_dense_linear(node, context))
+        elif node.target is torch.ops.patch.linear.default:
+            context.linears.append(_packed_linear(node, context))
+    return graph
+
+
+def _layer_name(leaf: fx.Node | None, node: fx.Node) -> str:
+    path = parameter_path(leaf) if leaf is not None else None
+    return path.rpartition(".")[0] or path if path else node.name
+
+
+def _packed_linear(node: fx.Node, context: Context) -> Linear:
+    values, kinds = node.args[1], node.args[3]
+    linear = Linear(
+        node, _layer_name(values if isinstance(values, fx.Node) else None, node), runs="packed", reason="PatchLinear"
+    )
+    out_features, in_features, rows, columns = (int(a) for a in node.args[6:10])  # type: ignore[arg-type]
+    linear.shape = (out_features, in_features)
+    known = context.values.get(kinds) if isinstance(kinds, fx.Node) else None
+    if known is not None and is_plain_tensor(known):
+        linear.tile_map = TileMap(linear.shape, (rows, columns), known)
+    if isinstance(values, fx.Node) and values in context.values:
+        linear.leaves, linear.dtype = [values], context.values[values].dtype
+    return linear
+
+
+def _dense_linear(node: fx.Node, context: Context) -> Linear:
+    weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+    expression = weight_expression(weight)
+    if expression is None:
+        return Linear(node, node.name, reason="its weight is not an expression over parameters and buffers")
+    leaf = next((n for n in expression.leaves if is_static(n)), None)
+    linear = Linear(node, _layer_name(leaf, node), expression.leaves)
+    leaves = context.leaf_tensors(linear)
+    if not all(is_plain_tensor(t) for t in leaves):
+        linear.reason = "its weight is a fake, meta or subclass tensor"
+        return linear
+    first = max(leaves, key=lambda t: t.numel())
+    linear.dtype, linear.shape = first.dtype, (first.shape[0], first.shape[-1])
+    attached = mask_of(leaves[0]) if expression.is_parameter else None
+    if expression.is_parameter and attached is None:
+        linear.reason = "dense weight without a tile map"
+    elif not expression.is_parameter and not expression.looks_masked:
+        linear.reason = "its weight is computed from parameters, but no mask is applied to it"
+    elif torch.is_grad_enabled() and any(t.requires_grad for t in leaves):
+        linear.reason = "its weight requires grad (training, or inference outside torch.no_grad()): left to autograd"
+    else:
+        linear.source = _source(expression, attached, leaves, context)
+    return linear
+
+
+def _source(expression: WeightExpression, attached: HardMask | None, leaves: list[Tensor], context: Context) -> MaskedWeight:
+    expression, tile = expression.detached(), normalize_tile(context.options.tile)
+
+    def read_attached(tensors: Sequence[Tensor], weight: Tensor) -> HardMask:
+        # read again at every refresh: the parameter may have been given another mask
+        mask = mask_of(tensors[0])
+        if mask is None or mask.tile_map.shape != tuple(weight.shape):
+            raise ValueError("the weight no longer carries a tile map of its shape")
+        if bool((weight[~mask.keep(weight.device)] != 0).any()):
+            raise ValueError("the weight is not zero where its mask says so; call apply_masks again")
+        return mask
+
+    def read_from_graph(tensors: Sequence[Tensor], weight: Tensor) -> HardMask:
+        keep = keep_mask(expression, tensors)
+        if keep is None:
+            raise ValueError("no mask of zeros and ones in its weight expression")
+        try:
+            return HardMask.from_keep(keep, tile)
+        except ValueError as error:
+            raise ValueError(f"{error} (option tile={tile[0]}x{tile[1]})") from None
+
+    read = read_from_graph if attached is None else read_attached
+    key = (tuple(id(t) for t in leaves), expression.signature(), tile if attached is None else None)
+    return shared(key, leaves, lambda: MaskedWeight(leaves, expression.function(), read))

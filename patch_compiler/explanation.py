@@ -1,0 +1,154 @@
+"""`explain()`: for every linear layer, what runs and why."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .linears import is_conv1d, mask_of, weight_of
+from .module import PatchLinear
+from .ops import uses_triton
+from .tile_map import TileKind, TileMap
+
+TRITON, TORCH, DENSE = "triton reference kernel", "torch reference kernel", "dense GEMM"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One linear layer of one compiled graph (or of a model). Bytes are of the weight, without bias."""
+
+    name: str
+    shape: tuple[int, int]
+    dtype: str
+    tile_map: TileMap | None
+    runs: str
+    reason: str
+    dense_bytes: int
+    packed_bytes: int | None = None
+
+    def row(self) -> tuple[str, str, str, str, int, str]:
+        """The cells of COLUMNS."""
+        kinds = "-"
+        if self.tile_map is not None:
+            kinds = "/".join(str(self.tile_map.count(k)) for k in (TileKind.DENSE, TileKind.SPARSE24, TileKind.ZERO))
+        held = self.packed_bytes if self.packed_bytes is not None else self.dense_bytes
+        return self.name, f"{self.shape[0]}x{self.shape[1]}", kinds, self.runs, held, self.reason
+
+
+COLUMNS = ("layer", "shape", "dense/2:4/zero tiles", "runs", "weight bytes", "why")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` returns; prints as a table."""
+
+    sites: list[Site]
+    graphs: int = 0
+    title: str = ""
+
+    def __str__(self) -> str:
+        from .report import table  # the report is a heavier import than this page needs otherwise
+
+        counts: dict[str, int] = {}
+        for site in self.sites:
+            counts[site.runs] = counts.get(site.runs, 0) + 1
+        summary = ", ".join(f"{n} run the {what}" if what != "eager" else f"{n} not compiled" for what, n in counts.items())
+        head = f"{self.title}{len(self.sites)} linear layers in {self.graphs} compiled graphs: {summary or 'none found'}"
+        return head + ("\n" + table([s.row() for s in self.sites], COLUMNS) if self.sites else "")
+
+    __repr__ = __str__
+
+
+@dataclass
+class _Graph:
+    sites: list[tuple[Site, list[weakref.ref[Tensor]]]] = field(default_factory=list)
+
+
+_graphs: list[_Graph] = []
+_lock = threading.Lock()
+
+
+def record(sites: Sequence[tuple[Site, Sequence[Tensor]]]) -> None:
+    """Called by the backend for each graph: its sites with the tensors each one's weight is made of."""
+    with _lock:
+        _graphs.append(_Graph([(site, [weakref.ref(t) for t in tensors]) for site, tensors in sites]))
+        # a graph whose weights are all gone explains nothing any more
+        _graphs[:] = [
+            g for g in _graphs if not g.sites or any(not refs or any(r() is not None for r in refs) for _, refs in g.sites)
+        ]
+
+
+def reset() -> None:
+    """Forget all compiled graphs (torch._dynamo.reset() calls this)."""
+    with _lock:
+        _graphs.clear()
+
+
+def weight_bytes(shape: tuple[int, int], dtype: torch.dtype) -> int:
+    return shape[0] * shape[1] * dtype.itemsize
+
+
+def explain(model: nn.Module | None = None) -> Explanation:
+    """What runs for every linear layer and why.
+
+    model: a model or what torch.compile made of it; each of its linear layers is listed once, as the newest graph that
+    holds it decided, or as not compiled. Without a model: the sites of every graph compiled since torch._dynamo.reset().
+    """
+    with _lock:
+        graphs = [list(g.sites) for g in _graphs]
+    if model is None:
+        return Explanation([site for sites in graphs for site, _ in sites], len(graphs))
+    model = getattr(model, "_orig_mod", model)
+    newest: dict[int, Site] = {}
+    for sites in graphs:
+        for site, refs in sites:
+            newest.update({id(t): site for r in refs if (t := r()) is not None})
+    found, seen = [], set()
+    for name, module in model.named_modules():
+        tensors = _weight_tensors(module)
+        compiled = next((newest[id(t)] for t in tensors if id(t) in newest), None)
+        if compiled is not None:
+            found.append(compiled)
+            seen.add(id(compiled))
+        elif isinstance(module, PatchLinear):
+            found.append(_eager_packed(name, module))
+        elif tensors:
+            found.append(_eager_dense(name, module))
+    used = sum(any(id(site) in seen for site, _ in sites) for sites in graphs)
+    return Explanation(found, used, f"{type(model).__name__}: ")
+
+
+def _weight_tensors(module: nn.Module) -> list[Tensor]:
+    if isinstance(module, PatchLinear):
+        return [module.values]
+    if isinstance(module, nn.Linear) or is_conv1d(module):
+        # a parametrised or pruned linear keeps its parameter under another name
+        return list(module.parameters()) + [b for b in module.buffers() if b.dim() == 2]
+    return []
+
+
+def _eager_packed(name: str, module: PatchLinear) -> Site:
+    kernel = TRITON if uses_triton(module.values.device, module.values.dtype) else TORCH
+    return Site(
+        name, module.tile_map.shape, str(module.values.dtype).removeprefix("torch."), module.tile_map, kernel,
+        "PatchLinear, not compiled", weight_bytes(module.tile_map.shape, module.values.dtype), module.packed.nbytes,
+    )  # fmt: skip
+
+
+def _eager_dense(name: str, module: nn.Module) -> Site:
+    weight, mask = weight_of(module), mask_of(module)
+    shape = (weight.shape[0], weight.shape[1])
+    why = (
+        "in no graph that the patch backend compiled"
+        if not is_conv1d(module)
+        else "Conv1D: convert() the model to run it packed"
+    )
+    tile_map = mask.tile_map if mask is not None else None
+    return Site(
+        name, shape, str(weight.dtype).removeprefix("torch."), tile_map, "eager", why, weight_bytes(shape, weight.dtype)
+    )
