@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-OUR_FILES = ("config.json", "model.patch.safetensors", "mask.safetensors")
+OUR_FILES = ("model.patch.safetensors", "mask.safetensors", "pruning.json")
 OUR_DIRECTORIES = ("additional_chat_templates",)  # written by tokenizers that have several
 
 
@@ -30,7 +30,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield partial
         if not partial.is_file():
             raise ValueError(f"{path}: nothing was written")
-        _flush(partial)
+        _finish(partial)
         os.replace(partial, target)
         _flush(target.parent)
 
@@ -39,8 +39,8 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields an empty directory to fill; it becomes `path` at the end. Missing parent directories are made.
 
-    An existing directory is replaced only if it is empty or an earlier output of ours: it holds a config.json, a compressed
-    checkpoint or a mask file, and no foreign subdirectory. Raises ValueError otherwise, before anything is written.
+    An existing directory is replaced only if it is empty or an earlier output of ours: it holds one of OUR_FILES and no
+    foreign subdirectory. Raises ValueError otherwise, before anything is written.
     """
     target = Path(os.path.realpath(path))
     _check_replaceable(target, path)
@@ -48,7 +48,7 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         partial.mkdir()
         yield partial
         for file in (*partial.rglob("*"), partial):
-            _flush(file)
+            _finish(file)
         _check_replaceable(target, path)  # the writer may have run for hours
         _replace_directory(partial, target)
         _flush(target.parent)
@@ -109,6 +109,15 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def _finish(path: Path) -> None:
+    """On disk, and readable by whom the umask lets: safetensors writes for its owner alone."""
+    if path.is_file():
+        umask = os.umask(0)
+        os.umask(umask)
+        path.chmod(0o666 & ~umask)
+    _flush(path)
 
 
 def _flush(path: Path) -> None:

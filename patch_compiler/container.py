@@ -1,7 +1,7 @@
 """One safetensors file with our JSON header: what the mask file and the compressed checkpoint have in common.
 
-The safetensors metadata holds {"format": <kind of file>, "patch": <JSON header>}; the header always has `version`, `layers`
-(one object a layer) and `provenance`. Nothing read from a file is trusted: sizes are checked as Python integers, against
+The safetensors metadata holds one entry, "patch": a JSON header, which always has `format` (the kind of file), `version`,
+`layers` (one object a layer) and `provenance`. Nothing read from a file is trusted: sizes are checked as Python integers, against
 limits and against each other, before memory is taken for them.
 """
 
@@ -120,7 +120,7 @@ def write(
     Raises ValueError if the header cannot be JSON, or for tensors that share memory.
     """
     try:
-        text = json.dumps({"version": VERSION, **header}, allow_nan=False)
+        text = json.dumps({"format": kind, "version": VERSION, **header}, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: provenance must be plain JSON values: {error}") from None
     owners: dict[tuple[torch.device, int], str] = {}
@@ -130,7 +130,7 @@ def write(
             raise ValueError(f"{path}: tensors {owner!r} and {name!r} are the same memory: give only one of them")
     with atomic_file(path) as partial:
         plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        save_file(plain, partial, metadata={"format": kind, "patch": text})
+        save_file(plain, partial, metadata={"patch": text})  # one entry: safetensors writes several in random order
         check_total(weights, partial.stat().st_size)
 
 
@@ -150,12 +150,12 @@ def open_container(path: str | os.PathLike[str], kind: str, keys: set[str]) -> I
         specs = {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
     except Exception as error:
         raise ArtifactError(f"{path}: not a whole safetensors file: {error}") from error
-    if metadata.get("format") != kind:
-        raise ArtifactError(f"{path}: its format is {metadata.get('format')!r}, not {kind!r}")
     header = _parse(path, metadata.get("patch"))
+    if header.get("format") != kind:
+        raise ArtifactError(f"{path}: its format is {short(header.get('format'))}, not {kind!r}")
     if type(header.get("version")) is not int or header["version"] != VERSION:
         raise ArtifactError(f"{path}: format version {short(header.get('version'))}; this release reads version {VERSION}")
-    expected = {"version", "layers", "provenance", *keys}
+    expected = {"format", "version", "layers", "provenance", *keys}
     if set(header) != expected:
         raise ArtifactError(f"{path}: the header holds {sorted(header)!r:.200}, it must hold {sorted(expected)}")
     for key in ("layers", "provenance"):

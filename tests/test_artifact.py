@@ -251,8 +251,8 @@ def test_zero_tiles_do_not_stand_for_more_memory_than_the_file_is_worth(tmp_path
     kinds = {f"l{i}.kinds": torch.zeros(1, 1, dtype=torch.uint8) for i in range(8)}
     patterns = {f"l{i}.patterns": torch.zeros(0, dtype=torch.uint8) for i in range(8)}
     layers = {f"l{i}": {"shape": [side, side], "tile": [side, side]} for i in range(8)}
-    header = {"version": 1, "base_model": None, "provenance": {}, "layers": layers}
-    save_file(kinds | patterns, tmp_path / "m", {"format": "patch-mask", "patch": json.dumps(header)})
+    header = {"format": "patch-mask", "version": 1, "base_model": None, "provenance": {}, "layers": layers}
+    save_file(kinds | patterns, tmp_path / "m", {"patch": json.dumps(header)})
     with pytest.raises(ArtifactError, match="weights together"):
         load_masks(tmp_path / "m")
 
@@ -355,19 +355,26 @@ def test_index_of_a_missing_input_is_refused(tmp_path: Path) -> None:
 def test_other_files_are_refused(tmp_path: Path) -> None:
     save_masks(tmp_path / "m", {})
     save_file({"a": torch.rand(2)}, tmp_path / "plain")
-    save_file({"a": torch.rand(2)}, tmp_path / "bare", {"format": "patch-mask"})
     (tmp_path / "text").write_text("hello")
     for name, message in [
         ("m", "its format is 'patch-mask', not 'patch-checkpoint'"),
-        ("plain", "its format is None"),
+        ("plain", "no 'patch' header"),
         ("text", "not a whole safetensors file"),
         ("gone", "no such file"),
         (".", "no such file"),
     ]:
         with pytest.raises(ArtifactError, match=message):
             load_checkpoint(tmp_path / name)
-    with pytest.raises(ArtifactError, match="no 'patch' header"):
-        load_masks(tmp_path / "bare")
+
+
+def test_equal_content_gives_equal_bytes_that_others_may_read(tmp_path: Path) -> None:
+    masks = {f"layer.{i}": random_mask((40, 44), (16, 16)) for i in range(3)}
+    for name in ("a", "b"):
+        save_masks(tmp_path / name, masks, base_model="base", provenance={"method": "wanda", "seed": 1})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 # ---- atomic writing
@@ -404,7 +411,7 @@ def test_atomic_file_needs_a_file(tmp_path: Path) -> None:
 
 def fill(directory: Path, text: str, error: type[BaseException] | None = None) -> None:
     with atomic_directory(directory) as partial:
-        (partial / "config.json").write_text(text)
+        (partial / "pruning.json").write_text(text)
         if error is not None:
             raise error
 
@@ -418,12 +425,12 @@ def test_atomic_directory_keeps_the_old_one_on_failure(tmp_path: Path, error: ty
     fill(out, "old")
     with pytest.raises(error):
         fill(out, "half", error)
-    assert (out / "config.json").read_text() == "old"
+    assert (out / "pruning.json").read_text() == "old"
     with atomic_directory(out) as partial:
-        (partial / "config.json").write_text("new")
+        (partial / "pruning.json").write_text("new")
         (partial / "other").mkdir()
         (partial / "other" / "file").write_text("x")
-    assert (out / "config.json").read_text() == "new"
+    assert (out / "pruning.json").read_text() == "new"
     assert [p.name for p in out.parent.iterdir()] == ["out"]
 
 
@@ -440,7 +447,7 @@ def test_atomic_directory_puts_the_old_one_back_if_the_rename_fails(tmp_path: Pa
     monkeypatch.setattr(os, "rename", second_fails)
     with pytest.raises(OSError, match="disk"):
         fill(tmp_path / "out", "new")
-    assert (tmp_path / "out" / "config.json").read_text() == "old"
+    assert (tmp_path / "out" / "pruning.json").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -454,7 +461,7 @@ def test_atomic_directory_replaces_only_our_own(tmp_path: Path) -> None:
     (foreign / "chapter1.txt").write_text("years of work")
     project = tmp_path / "project"
     (project / ".git").mkdir(parents=True)
-    (project / "config.json").write_text("{}")
+    (project / "pruning.json").write_text("{}")
     file = tmp_path / "file"
     file.write_text("x")
     for target in (foreign, project, file):
