@@ -1,8 +1,8 @@
 """One safetensors file with our JSON header: what the mask file and the compressed checkpoint have in common.
 
 The safetensors metadata holds one entry, "patch": a JSON header, which always has `format` (the kind of file), `version`,
-`layers` (one object a layer) and `provenance`. Nothing read from a file is trusted: sizes are checked as Python integers, against
-limits and against each other, before memory is taken for them.
+`layers` (one object a layer) and `provenance`. Nothing read from a file is trusted: sizes are checked as Python integers,
+against limits and against each other, before memory is taken for them.
 """
 
 from __future__ import annotations

@@ -462,9 +462,12 @@ def test_atomic_directory_replaces_only_our_own(tmp_path: Path) -> None:
     project = tmp_path / "project"
     (project / ".git").mkdir(parents=True)
     (project / "pruning.json").write_text("{}")
+    model = tmp_path / "somebody's model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
     file = tmp_path / "file"
     file.write_text("x")
-    for target in (foreign, project, file):
+    for target in (foreign, project, model, file):
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(ValueError, match=str(target)), atomic_directory(target):
             pytest.fail("the body must not run")

@@ -1,0 +1,1 @@
+"""Pruning and mask learning: `python -m learning`; from Python `learning.prune.prune`, `learning.calibration.calibrate`."""

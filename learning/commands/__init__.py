@@ -1,0 +1,5 @@
+"""The sub-commands of `python -m learning`, one file each: `add_parser(commands)` declares it, `run(args)` does it."""
+
+from . import evaluate, export, import_mask, prune
+
+COMMANDS = (prune, evaluate, export, import_mask)

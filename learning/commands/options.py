@@ -1,0 +1,93 @@
+"""What several sub-commands share: types of options, checks of the output place, how numbers are shown."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import re
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from patch_compiler.tile_map import normalize_tile
+
+DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+MODEL_HELP = "hub id, local directory, .gguf file, or a directory written by `prune`"
+
+
+def add_dtype_and_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: the checkpoint's own (bfloat16 for GGUF)")
+    parser.add_argument("--device", type=device, default=None, help="where to compute; default: cuda if there is one, else cpu")
+
+
+def add_quiet(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quiet", action="store_true", help="no progress bars while computing")
+
+
+def device(text: str) -> torch.device:
+    try:
+        chosen = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no torch device; examples: cpu, cuda, cuda:1") from None
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"{text!r}: torch sees {torch.cuda.device_count()} CUDA devices here")
+    return chosen
+
+
+def default_device(chosen: torch.device | None) -> torch.device:
+    return chosen if chosen is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def tile(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r}: write 128, or rows x columns as 128x64")
+    try:
+        return normalize_tile((int(match[1]), int(match[2] or match[1])))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def positive(text: str) -> int:
+    if not re.fullmatch(r"0*[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+def regex(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression ({error})") from None
+    return text
+
+
+def check_new_directory(out: Path, ours: str | None = None, overwrite: bool = False) -> None:
+    """Raises ValueError unless `out` can be written: absent or empty, or (holding the file `ours`) to be overwritten."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"output {out}: is a file; name a directory")
+    if out.is_dir() and any(out.iterdir()):
+        if ours is None or not (out / ours).is_file():
+            raise ValueError(f"output {out}: exists and is not empty; name another directory")
+        if not overwrite:
+            raise ValueError(f"output {out}: exists; name another directory, or replace it with --overwrite")
+    check_writable(out)
+
+
+def check_writable(out: Path) -> None:
+    """Raises ValueError if nothing can be made at this place."""
+    parent = next(p for p in out.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"output {out}: {parent} is not a directory one can write to")
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("patch-compiler", "torch", "transformers", "safetensors"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from a source tree
+            found[package] = "not installed"
+    return found

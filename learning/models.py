@@ -1,0 +1,224 @@
+"""Load a causal language model and its tokenizer: hub id, local directory, GGUF file or compressed directory."""
+
+from __future__ import annotations
+
+import json
+import os
+from copy import deepcopy
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from patch_compiler.hf import CHECKPOINT_FILE, load_compressed
+
+PRUNING_RECORD = "pruning.json"  # settings and reached sparsity, beside what `python -m learning prune` writes
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """model: in eval mode, as ordinary as one from `from_pretrained`.
+
+    name: the hub id, or the directory's or file's own name without its path: it goes into reports and artifacts.
+    note: what a reader of the model's numbers must know, if anything.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+    note: str | None = None
+
+
+def load_model(
+    name_or_path: str | os.PathLike[str], dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> LoadedModel:
+    """Load a model: hub id, HF directory, .gguf file, directory with exactly one .gguf file, or our compressed directory.
+
+    dtype: default the checkpoint's own; bfloat16 for GGUF, whose weights are de-quantised (`note` says so). Reading a GGUF
+    takes some ten seconds each time: `python -m learning export FILE.gguf DIR` makes an ordinary directory of it once.
+
+    Raises ValueError if there is nothing to load under this name, a package is missing, or it is no causal language model.
+    """
+    source = os.fspath(name_or_path)
+    path = Path(source).expanduser()
+    if is_compressed(path):
+        loaded = _load_compressed(path, dtype, device)
+    elif (gguf := _gguf_file(path)) is not None:
+        loaded = _load_gguf(gguf, dtype, device)
+    else:
+        loaded = _load_hf(_hf_source(source), path.resolve().name if path.is_dir() else source, dtype, device)
+    loaded.model.config._name_or_path = loaded.name  # artifacts copy it; a path on this machine means nothing elsewhere
+    return loaded
+
+
+def load_skeleton(name_or_path: str | os.PathLike[str]) -> nn.Module:
+    """The model on the meta device: its layers' names and shapes, no weights read. Names and errors as in `load_model`."""
+    source = os.fspath(name_or_path)
+    path = Path(source).expanduser()
+    gguf = None if is_compressed(path) else _gguf_file(path)
+    if gguf is not None:
+        _require_gguf_packages(gguf)
+        try:
+            config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        except Exception as error:  # the reader checks little: a damaged file surfaces as any error
+            raise ValueError(f"{gguf.name} cannot be read as a GGUF checkpoint: {_first_line(error)}") from error
+        config.__dict__.pop("quantization_config", None)
+    else:
+        config = _read_config(_hf_source(source))
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def is_compressed(path: str | os.PathLike[str]) -> bool:
+    """Whether this is a directory written by `patch_compiler.hf.save_compressed`."""
+    return (Path(path).expanduser() / CHECKPOINT_FILE).is_file()
+
+
+def _hf_source(source: str) -> str:
+    """What transformers shall load: an existing directory or a hub id."""
+    path = Path(source).expanduser()
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"model directory {source!r} holds neither config.json, {CHECKPOINT_FILE} nor a .gguf file")
+    if not path.is_dir() and (path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1):
+        raise ValueError(f"model {source!r}: no such directory or .gguf file")
+    return str(path) if path.is_dir() else source
+
+
+def check_context(model: nn.Module, context: int) -> None:
+    """Raises ValueError if the model's positions end before `context` tokens."""
+    config = getattr(model, "config", None)
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) if config is not None else None
+    if context < 1 or (limit is not None and context > limit):
+        raise ValueError(f"a context of {context} tokens: {type(model).__name__} takes 1 to {limit}")
+
+
+def _read_config(source: str) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {source!r} {_why_not(source)}: {_first_line(error)}") from error
+    _check_causal(config, source)
+    return config
+
+
+def _load_hf(source: str, name: str, dtype: torch.dtype | None, device: torch.device | str) -> LoadedModel:
+    _read_config(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model, info = _from_pretrained(source, dtype=dtype or "auto")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"model {source!r} cannot be loaded: {_first_line(error)}") from error
+    _check_complete(info, name)
+    return LoadedModel(model.to(device).eval(), tokenizer, name)
+
+
+def _from_pretrained(source: str, **options: Any) -> tuple[Any, dict[str, Any]]:
+    loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
+    return loaded
+
+
+def _why_not(source: str) -> str:
+    if Path(source).is_dir():
+        return "cannot be loaded from its directory"
+    return "is neither a local directory or .gguf file nor reachable on the hub"
+
+
+def _load_compressed(path: Path, dtype: torch.dtype | None, device: torch.device | str) -> LoadedModel:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"compressed model {path.name!r}: its directory holds no tokenizer ({_first_line(error)})") from error
+    model: Any = load_compressed(path, device=device)
+    return LoadedModel(
+        model.to(dtype=dtype).eval() if dtype else model.eval(), tokenizer, path.resolve().name, _how_pruned(path)
+    )
+
+
+def _how_pruned(path: Path) -> str | None:
+    """What `python -m learning prune` left on record beside the checkpoint, in a few words."""
+    try:
+        record = json.loads((path / PRUNING_RECORD).read_text(encoding="utf-8"))
+        words = f"{record['model']}, {record['method']} {record['pattern']}, sparsity {record['sparsity']:.2%}"
+        return f"{words}, {record['model_note']}" if record["model_note"] else words
+    except (OSError, ValueError, KeyError, TypeError):  # not written by `prune`, or edited: only a remark is lost
+        return None
+
+
+def _gguf_file(path: Path) -> Path | None:
+    if path.suffix == ".gguf" and path.is_file():
+        return path
+    if not path.is_dir() or (path / "config.json").is_file():
+        return None
+    files = sorted(path.glob("*.gguf"))
+    if len(files) > 1:
+        raise ValueError(
+            f"model directory {str(path)!r} holds {len(files)} .gguf files; name one of {', '.join(f.name for f in files)}"
+        )
+    return files[0] if files else None
+
+
+def _load_gguf(file: Path, dtype: torch.dtype | None, device: torch.device | str) -> LoadedModel:
+    _require_gguf_packages(file)
+    options: dict[str, Any] = {}
+    if hasattr(transformers, "GgufConfig"):  # releases that can keep the weights in GGUF blocks must be told not to
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    dtype = dtype or torch.bfloat16
+    directory, name = str(file.parent), file.name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=name)
+        packed, info = _from_pretrained(directory, gguf_file=name, dtype=dtype, **options)
+    except Exception as error:  # the reader checks little: a damaged file surfaces as any error
+        raise ValueError(f"{file.name} cannot be read as a GGUF checkpoint: {_first_line(error)}") from error
+    _check_complete(info, name)
+    model = _ordinary(packed, dtype).to(device).eval()
+    return LoadedModel(model, tokenizer, name, note="weights de-quantised from a GGUF file")
+
+
+def _require_gguf_packages(file: Path) -> None:
+    missing = [package for package in ("gguf", "accelerate") if find_spec(package) is None]
+    if missing:
+        raise ValueError(f"{file.name}: reading GGUF needs {' and '.join(missing)}; pip install 'patch-compiler[gguf]'")
+
+
+def _ordinary(packed: Any, dtype: torch.dtype) -> Any:
+    """A fresh model with the same weights: one loaded from GGUF remembers its quantizer and refuses save_pretrained."""
+    config = deepcopy(packed.config)
+    for attribute in ("quantization_config", "_name_or_path"):
+        if hasattr(config, attribute):
+            delattr(config, attribute)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.load_state_dict(packed.state_dict())
+    model.generation_config = packed.generation_config
+    return model
+
+
+def _check_causal(config: Any, name: str) -> None:
+    classes: set[str] = set()
+    for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        classes.update([value] if isinstance(value, str) else value)
+    architectures = config.architectures or []
+    if config.is_encoder_decoder or (architectures and not classes & set(architectures)):
+        what = ", ".join(architectures) or config.model_type
+        raise ValueError(
+            f"model {name!r} is a {what}, not a causal language model; only decoder models can be pruned and evaluated here"
+        )
+
+
+def _check_complete(info: dict[str, Any], name: str) -> None:
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"model {name!r}: the checkpoint lacks {len(missing)} weights, the first is {missing[0]!r}; they would be random"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

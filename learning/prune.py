@@ -1,0 +1,167 @@
+"""One-shot pruning of a causal LM: dense tiles by an exact budget over the whole model, 2:4 elsewhere; or a baseline.
+
+    result = prune(model, windows, method="wanda", sparsity=0.35)
+
+or, one calibration for several sparsities, each on a fresh copy of the dense model:
+
+    calibration = calibrate(model, windows)
+    result = prune(copy.deepcopy(model), calibration=calibration, sparsity=0.45)
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from patch_compiler.linears import attach_mask, weight_of
+from patch_compiler.tile_map import DEFAULT_TILE, TileKind, TileMap, normalize_tile
+
+from .blocks import BlockRunner, check_windows, on_device, resolve_device
+from .budget import allocate_dense_tiles, split_exactly
+from .calibration import Calibration, calibrate
+from .one_shot import METHODS, Pruned
+from .prune_checks import PATTERNS, check_calibration, check_request, checked_linears, shape_of
+from .prune_result import PrunedLayer, PruneResult
+from .statistics import InputCollector, InputStatistics
+from .tile_scores import saved_loss
+
+__all__ = ["PATTERNS", "PruneResult", "PrunedLayer", "prune"]
+
+PruneOne = Callable[[str, Tensor, InputStatistics | None], Pruned]  # (layer, weight [M, K], statistics)
+
+
+def prune(
+    model: nn.Module,
+    windows: Tensor | None = None,
+    *,
+    method: str = "wanda",
+    pattern: str = "hybrid",
+    sparsity: float | None = None,
+    tile: int | tuple[int, int] = DEFAULT_TILE,
+    include: str | None = None,
+    exclude: str | None = None,
+    calibration: Calibration | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> PruneResult:
+    """Prune the linear layers in the decoder blocks of a dense causal LM, in place, and attach the masks to their weights.
+
+    windows: int64 [count, context] token ids to calibrate on. calibration: what `calibrate` found on this dense model.
+        magnitude needs neither. wanda takes either: with windows it goes through the model block by block and looks at
+        inputs that have passed through the blocks pruned before (as its authors do), with a calibration alone it uses the
+        dense model's inputs and runs nothing. sparsegpt needs windows; a calibration spares it the first sweep.
+    pattern: "hybrid" keeps the tiles dense that save the most loss over all layers together and makes the rest 2:4;
+        "2:4" makes every tile 2:4; "unstructured" drops single weights, the same part of every layer.
+    sparsity: zeros / weights over all matched layers together; hybrid: 0 to 0.5, met to one tile; unstructured: 0 to 1, met
+        exactly; "2:4" is always 0.5 and needs none.
+    include, exclude: regular expressions searched in the layer's path, such as "mlp" for the feed-forward layers.
+    device: where to compute, None: where the model lies. One block at a time is moved there and back.
+
+    Raises ValueError for bad input, before anything is changed. If it is interrupted or fails later, blocks before the
+    current one are pruned and carry their masks, later ones are dense; load the model again to start over. Warns when
+    a layer falls back to another method.
+    """
+    check_request(method, pattern, sparsity, windows, calibration)
+    tile = normalize_tile(tile)
+    linears = checked_linears(model, include, exclude)
+    if windows is not None:
+        check_windows(model, windows)
+    needs = METHODS[method].needs
+    needs_scores = pattern == "hybrid" and needs != "nothing"
+    if calibration is not None:
+        check_calibration(calibration, linears, needs_scores)
+    elif needs_scores and windows is not None:
+        calibration = calibrate(model, windows, device=device, progress=progress)
+
+    prune_tiles, prune_unstructured = METHODS[method].prune_tiles, METHODS[method].prune_unstructured
+    shapes = {name: shape_of(module) for name, module in linears.items()}
+    prune_one: PruneOne
+    if pattern == "unstructured":
+        sizes = [m * k for m, k in shapes.values()]
+        zeros = dict(zip(shapes, split_exactly(round((sparsity or 0.0) * sum(sizes)), sizes), strict=True))
+        prune_one = lambda name, weight, inputs: prune_unstructured(weight, inputs, zeros[name])  # noqa: E731
+    else:
+        if sparsity is None or pattern == "2:4":
+            maps = {name: TileMap.full(shape, TileKind.SPARSE24, tile) for name, shape in shapes.items()}
+        else:
+            scores = _tile_scores(linears, tile, calibration if needs_scores else None, device)
+            maps = allocate_dense_tiles(scores, shapes, sparsity, tile)
+        prune_one = lambda name, weight, inputs: prune_tiles(weight, inputs, maps[name])  # noqa: E731
+
+    result = PruneResult(method, pattern, 0.5 if sparsity is None else float(sparsity), tile)
+    if windows is not None and needs != "nothing":
+        with BlockRunner(model, windows, device) as runner:
+            _prune_blocks(runner, linears, prune_one, result, hessian=needs == "hessian", progress=progress)
+    else:
+        known = calibration.inputs if calibration is not None else {}
+        for name, module in tqdm(linears.items(), desc=f"pruning ({method})", unit="layer", disable=not progress):
+            with _weight_on_device(module, device, write_back=True) as weight:
+                _prune_layer(name, module, prune_one(name, weight, known.get(name)), result)
+    return result
+
+
+def _tile_scores(
+    linears: dict[str, nn.Module], tile: tuple[int, int], calibration: Calibration | None, device: torch.device | str | None
+) -> dict[str, Tensor]:
+    """layer -> the loss each dense tile saves; without a calibration, what the weights alone say."""
+    scores = {}
+    for name, module in linears.items():
+        with _weight_on_device(module, device, write_back=False) as weight:
+            if calibration is None:
+                scores[name] = saved_loss(weight, tile)
+            else:
+                gradients = calibration.gradients[name] if calibration.gradients is not None else None
+                scores[name] = saved_loss(weight, tile, calibration.inputs[name].mean_square, gradients)
+    return scores
+
+
+@contextmanager
+def _weight_on_device(module: nn.Module, device: torch.device | str | None, write_back: bool) -> Iterator[Tensor]:
+    """The weight [M, K] of a linear, on the compute device."""
+    parameter = module.weight
+    assert isinstance(parameter, Tensor)
+    with on_device([parameter], resolve_device(device, parameter.device), write_back):
+        yield weight_of(module)
+
+
+def _prune_blocks(
+    runner: BlockRunner,
+    linears: dict[str, nn.Module],
+    prune_one: PruneOne,
+    result: PruneResult,
+    hessian: bool,
+    progress: bool,
+) -> None:
+    """Per block: run it dense to see its inputs, prune it, run it pruned to get the next block's inputs."""
+    last = max(i for i in range(len(runner.blocks)) if runner.members(i, linears))
+    for i in tqdm(range(last + 1), desc=f"pruning ({result.method})", unit="block", disable=not progress):
+        members = runner.members(i, linears)
+        with runner.block_on_device(i, write_back=bool(members)) as block:
+            if members:
+                with InputCollector(block, members, hessian) as collector:
+                    runner.run(i, advance=False)
+                statistics = collector.statistics()
+                for name, module in members.items():
+                    _prune_layer(name, module, prune_one(name, weight_of(module), statistics.pop(name)), result)
+            if i < last:
+                runner.run(i, advance=True)
+
+
+@torch.no_grad()
+def _prune_layer(name: str, module: nn.Module, pruned: Pruned, result: PruneResult) -> None:
+    """Write the pruned weight and its mask into the module and add its row to the result."""
+    if pruned.method != result.method:
+        warnings.warn(f"{name}: {result.method} found no usable Hessian, pruned with {pruned.method} instead", stacklevel=4)
+    weight_of(module).copy_(pruned.weight)
+    dense = sparse24 = 0
+    if pruned.mask is not None:
+        attach_mask(module, pruned.mask)
+        result.masks[name] = pruned.mask
+        dense, sparse24 = (pruned.mask.tile_map.count(kind) for kind in (TileKind.DENSE, TileKind.SPARSE24))
+    zeros = int((~pruned.keep).sum())
+    result.layers.append(PrunedLayer(name, shape_of(module), zeros, dense, sparse24, pruned.method))
