@@ -1,9 +1,9 @@
-"""Perplexity with its protocol said out loud, and greedy continuation of a prompt."""
+"""Perplexity with its protocol said out loud, and greedy continuations of prompts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,13 +155,24 @@ def _check_vocabulary(model: nn.Module, ids: Tensor) -> None:
 
 
 @torch.no_grad()
-def generate_text(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 40) -> str:
-    """Greedy continuation of a prompt, without the prompt. For a compiled forward use `model.compile(...)` before."""
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+def generate_texts(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int = 40) -> list[str]:
+    """Greedy continuations, without the prompts, as one batch. For a compiled forward use `model.compile(...)` before."""
+    inputs = padded(tokenizer, prompts, model.device)
     length = inputs["input_ids"].shape[1]
     output = model.generate(
-        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
-        max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=pad,
-    )  # fmt: skip
-    return tokenizer.decode(output[0, length:], skip_special_tokens=True)
+        **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=_pad_token(tokenizer)
+    )
+    return [tokenizer.decode(row[length:], skip_special_tokens=True) for row in output]
+
+
+def padded(tokenizer: Any, prompts: Sequence[str], device: torch.device | str) -> dict[str, Tensor]:
+    """input_ids and attention_mask int64 [prompts, longest], filled up on the left, where generation needs it."""
+    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    longest = max(map(len, ids))
+    filled = [[_pad_token(tokenizer)] * (longest - len(row)) + row for row in ids]
+    attention = [[0] * (longest - len(row)) + [1] * len(row) for row in ids]
+    return {"input_ids": torch.tensor(filled, device=device), "attention_mask": torch.tensor(attention, device=device)}
+
+
+def _pad_token(tokenizer: Any) -> int:
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

@@ -6,6 +6,7 @@ A candidate is an `F.linear` whose weight is a masked expression over parameters
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -73,6 +74,8 @@ def _dense_linear(node: fx.Node, context: Context) -> Linear:
         linear.reason = "its weight is computed from parameters, but no mask is applied to it"
     elif torch.is_grad_enabled() and any(t.requires_grad for t in leaves):
         linear.reason = "its weight requires grad (training, or inference outside torch.no_grad()): left to autograd"
+        # in training this is as it should be; at inference it would be a silent loss
+        warnings.warn(f"patch: {linear.name}: {linear.reason}", stacklevel=2)
     else:
         linear.source = _source(expression, attached, leaves, context)
     return linear

@@ -26,6 +26,10 @@ def stamp(leaves: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
     return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in leaves)
 
 
+_registry: dict[Hashable, MaskedWeight] = {}
+_lock = threading.RLock()
+
+
 class MaskedWeight:
     """Evaluates lazily, keeps only what a graph asked for, and refreshes in place so that CUDA graphs stay valid.
 
@@ -83,6 +87,10 @@ class MaskedWeight:
     @torch.no_grad()
     def refresh(self, leaves: Sequence[Tensor]) -> bool:
         """Follow a change of the leaves, writing into the tensors that graphs hold. False if the sizes no longer fit."""
+        with _lock:
+            return self._refresh(leaves)
+
+    def _refresh(self, leaves: Sequence[Tensor]) -> bool:
         old_packed, old_folded = self._packed, self._folded
         weight = self._read(leaves)
         if old_packed is not None and (self.mask is None or weight.dtype != old_packed[0].dtype):
@@ -100,10 +108,6 @@ class MaskedWeight:
         finally:
             self._packed, self._folded = old_packed, old_folded
         return True
-
-
-_registry: dict[Hashable, MaskedWeight] = {}
-_lock = threading.RLock()
 
 
 def shared(key: Hashable, leaves: Sequence[Tensor], make: Callable[[], MaskedWeight]) -> MaskedWeight:

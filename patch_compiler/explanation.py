@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .linears import is_conv1d, mask_of, weight_of
 from .module import PatchLinear
 from .ops import uses_triton
+from .text_table import table
 from .tile_map import TileKind, TileMap
 
 TRITON, TORCH, DENSE = "triton reference kernel", "torch reference kernel", "dense GEMM"
@@ -52,8 +53,6 @@ class Explanation:
     title: str = ""
 
     def __str__(self) -> str:
-        from .report import table  # the report is a heavier import than this page needs otherwise
-
         counts: dict[str, int] = {}
         for site in self.sites:
             counts[site.runs] = counts.get(site.runs, 0) + 1

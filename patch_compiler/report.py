@@ -1,15 +1,12 @@
-"""What a run is shown as: plain-text tables for the terminal, one self-contained HTML page for everybody else.
+"""What a run is shown as to everybody but the terminal: one self-contained HTML page.
 
 The page needs no network and no JavaScript, follows the reader's light or dark setting and prints. Layer and
-model names come from checkpoints, so they are untrusted: the template escapes all of them, `table` drops
-control characters (a name may hold terminal escape sequences).
+model names come from checkpoints, so they are untrusted: the template escapes all of them.
 """
 
 from __future__ import annotations
 
 import math
-import re
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,74 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .heat_map import KIND_LABELS, HeatMap, heat_map
+from .text_table import human_bytes
 from .tile_map import TileKind, TileMap
 
 if TYPE_CHECKING:
     from .explanation import Site
 
-MISSING = "–"
 TILE_PIXELS = 18.0  # side of a tile on the page where there is room for it
 CARD_PIXELS = 1060.0  # a block's maps never get wider than this
 FIGURE_GAP = 14.0
 MAP_BYTES_LIMIT = 12_000_000  # path data beyond this makes browsers crawl; the maps that no longer fit are listed by name
-
-# ---- plain text
-
-_NUMBER = re.compile(r"[-+−]?\d[\d,. ]*([/x×][\d,.]+)*( ?(%|×|x|[kMGT]?i?B|[mµn]?s))?")  # also 576x1536 and 7/18/0
-
-
-def human_bytes(n: float) -> str:
-    """Decimal units, three digits: 212337408 -> '212 MB'."""
-    units = ["TB", "GB", "MB", "kB", "B"]
-    while n >= 999.5 and len(units) > 1:
-        n /= 1000
-        units.pop()
-    digits = 0 if units[-1] == "B" or n >= 99.95 else 1 if n >= 9.995 else 2
-    return f"{n:.{digits}f} {units[-1]}"
-
-
-def table(rows: Iterable[Sequence[object]], columns: Sequence[str]) -> str:
-    """A plain-text table: header, rule, rows. None is shown as a dash, floats with four digits.
-
-    A column is right-aligned when every cell is a number, with or without a unit. Raises ValueError naming
-    the first row whose length is not that of `columns`.
-    """
-    cells = []
-    for i, row in enumerate(rows):
-        if len(row) != len(columns):
-            raise ValueError(f"row {i} has {len(row)} cells: the table has {len(columns)} columns {list(columns)}")
-        cells.append([_cell(value) for value in row])
-    header = [_cell(name) for name in columns]
-    lines = [header, ["─" * max(map(_width, column)) for column in zip(header, *cells, strict=True)], *cells]
-    widths = [_width(rule) for rule in lines[1]]
-    right = [bool(cells) and all(_is_number(row[j]) for row in cells) for j in range(len(columns))]
-    return "\n".join(
-        "  ".join(_pad(cell, width, at_right) for cell, width, at_right in zip(line, widths, right, strict=True)).rstrip()
-        for line in lines
-    )
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return MISSING
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value))
-
-
-def _is_number(cell: str) -> bool:
-    return cell in ("", "-", MISSING, "nan", "inf") or _NUMBER.fullmatch(cell) is not None
-
-
-def _width(text: str) -> int:
-    """Columns a terminal uses: East Asian wide characters take two, combining marks none."""
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
-
-
-def _pad(cell: str, width: int, at_right: bool) -> str:
-    space = " " * (width - _width(cell))
-    return space + cell if at_right else cell + space
-
 
 # ---- what the page shows
 
@@ -146,7 +85,6 @@ class Report:
     highlights: Sequence[Highlight] = ()
     results: Sequence[Result] = ()
     results_note: str = ""
-    prompt: str = ""
     samples: Sequence[Sample] = ()
     maps: Mapping[str, TileMap] = field(default_factory=dict)
     sites: Sequence[Site] = ()

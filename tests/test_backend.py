@@ -275,7 +275,10 @@ def test_a_mask_that_no_longer_fits_runs_dense_or_raises() -> None:
 def test_training_is_left_to_autograd() -> None:
     with torch.enable_grad():
         model, x = Block(), torch.randn(3, 64)
-        torch.compile(model, backend="patch", options=REFERENCE)(x).sum().backward()
+        fast = torch.compile(model, backend="patch", options=REFERENCE)
+        with pytest.warns(UserWarning, match=r"outside torch\.no_grad"):
+            y = fast(x)
+        y.sum().backward()
         got = model.a.weight.grad.clone()
         model.zero_grad()
         model(x).sum().backward()
@@ -366,3 +369,18 @@ def test_explain_lists_what_was_never_compiled() -> None:
 def test_the_backend_can_be_passed_as_a_function() -> None:
     module, x = MaskedLinear(64, 64).eval(), torch.randn(3, 64)
     close(torch.compile(module, backend=patch_backend)(x), module(x))
+
+
+def test_threads_may_compile_and_run_at_once() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    model, x = Block().eval(), torch.randn(3, 64)
+    reference = model(x)
+
+    def run(_: int) -> Tensor:
+        with torch.no_grad():
+            return torch.compile(model, backend="patch", options=REFERENCE)(x)
+
+    with ThreadPoolExecutor(4) as pool:
+        for y in pool.map(run, range(8)):
+            close(y, reference)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from learning.evaluate import generate_text, perplexity
+from learning.evaluate import generate_texts, perplexity
 
 from .tiny import VOCABULARY, tiny_llama, tiny_tokenizer
 
@@ -185,12 +185,14 @@ def test_non_finite_logits_are_an_error_not_a_number():
         perplexity(model, ids, 4, progress=False)
 
 
-def test_generate_text_is_greedy():
+def test_generate_texts_is_greedy_and_padding_changes_nothing():
     model, tokenizer = tiny_llama(), tiny_tokenizer()
     model.generation_config.eos_token_id = None
-    ids = tokenizer("the tile map", return_tensors="pt")["input_ids"]
-    with torch.no_grad():
-        for _ in range(6):
-            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
-    expected = tokenizer.decode(ids[0, -6:], skip_special_tokens=True)
-    assert generate_text(model, tokenizer, "the tile map", 6) == expected
+    prompts, expected = ["the tile map", "w"], []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            for _ in range(6):
+                ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+        expected.append(tokenizer.decode(ids[0, -6:], skip_special_tokens=True))
+    assert generate_texts(model, tokenizer, prompts, 6) == expected

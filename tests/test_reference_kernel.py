@@ -18,7 +18,8 @@ from patch_compiler.tile_map import TileKind, TileMap
 from .strategies import DTYPES, hard_masks, random_hard_mask, random_weight, relative_error
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-SMALL_TILES = ((16, 16), (32, 32), (16, 32), (1, 4), (3, 12), (48, 8))
+# each tile size is compiled anew on a GPU
+SMALL_TILES = ((16, 16), (32, 32), (3, 12)) if not INTERPRETED else ((16, 16), (32, 32), (16, 32), (1, 4), (3, 12), (48, 8))
 
 
 def arguments(mask: HardMask, dtype: torch.dtype, tokens: int, bias: bool, seed: int, device: torch.device) -> tuple:
@@ -57,15 +58,10 @@ def assert_rounded(y: torch.Tensor, reference_: torch.Tensor, dtype: torch.dtype
     assert bool(((y.double() - reference_).abs() <= unit * reference_.abs() * 1.001 + accumulated).all())
 
 
-@settings(max_examples=40)
-@given(
-    hard_masks(largest=70, tiles=SMALL_TILES),
-    st.sampled_from(DTYPES),
-    st.sampled_from([0, 1, 2, 7, 17]),
-    st.booleans(),
-    st.integers(0, 2**31),
-)
-def test_triton_kernel(mask: HardMask, dtype: torch.dtype, tokens: int, bias: bool, seed: int) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=25 if INTERPRETED else 1000)
+@given(hard_masks(largest=70, tiles=SMALL_TILES), st.sampled_from([0, 1, 2, 7, 17]), st.booleans(), st.integers(0, 2**31))
+def test_triton_kernel(dtype: torch.dtype, mask: HardMask, tokens: int, bias: bool, seed: int) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     packed, args = arguments(mask, dtype, tokens, bias, seed, device)
     y = run(reference.launch_triton, args)

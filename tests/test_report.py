@@ -13,18 +13,7 @@ from hypothesis import strategies as st
 
 from patch_compiler.explanation import Site
 from patch_compiler.heat_map import heat_map, rectangles
-from patch_compiler.report import (
-    Highlight,
-    Report,
-    Result,
-    Sample,
-    blocks_of,
-    human_bytes,
-    render,
-    split_name,
-    table,
-    write_report,
-)
+from patch_compiler.report import Highlight, Report, Result, Sample, blocks_of, render, split_name, write_report
 from patch_compiler.tile_map import TileKind, TileMap
 
 HOSTILE = [
@@ -177,7 +166,6 @@ def full_report(names: list[str]) -> Report:
         results=[Result(name, 20.0 + i, 0.1 * i, 90, 100, i == 1) for i, name in enumerate(names)]
         + [Result("", None, 0.5, 1, 2)],
         results_note=names[2],
-        prompt=names[3],
         samples=[Sample(name, name) for name in names],
         maps=maps,
         sites=[site(name, tile_map, runs=name, reason=name) for name, tile_map in maps.items()] + [site("unmasked", None)],
@@ -207,10 +195,12 @@ def test_page_is_the_same_but_for_names() -> None:
     """Escaping changes nothing else: the same elements with hostile names as with plain ones."""
     plain = [re.sub(r"[^\w.]", "a", name) for name in HOSTILE]
     assert plain != HOSTILE
-    tags_of_plain, tags_of_hostile = (
-        [tag for tag, _ in Page(render(full_report(names))).elements] for names in (plain, HOSTILE)
-    )
-    assert tags_of_hostile == tags_of_plain
+
+    def tags(names: list[str]) -> list[str]:
+        torch.manual_seed(1)  # the same maps: a kind that does not occur has no path
+        return [tag for tag, _ in Page(render(full_report(names))).elements]
+
+    assert tags(HOSTILE) == tags(plain)
 
 
 def test_empty_report_renders() -> None:
@@ -275,63 +265,3 @@ def test_figures_stack_without_growing_the_block() -> None:
     (block,) = blocks_of({f"layers.0.{name}": random_map((m, 64), 64) for name, m in rows.items()})
     stacks = [[layer.projection for layer in column] for column in block.columns]
     assert stacks == [["q", "k"], ["v", "o"], ["gate"], ["up"], ["down"]]
-
-
-# ---- tables
-
-CELLS = st.one_of(st.none(), st.integers(-(10**9), 10**9), st.floats(), st.text(max_size=8), st.sampled_from(HOSTILE))
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.integers(1, 4).flatmap(lambda n: st.lists(st.lists(CELLS, min_size=n, max_size=n), max_size=5)))
-def test_table_is_one_line_a_row_and_holds_no_control_characters(rows: list[list[object]]) -> None:
-    columns = [f"column {i}" for i in range(len(rows[0]) if rows else 2)]
-    text = table(rows, columns)
-    lines = text.split("\n")
-    assert len(lines) == len(rows) + 2
-    assert all(line.isprintable() for line in lines)
-
-
-def test_table_aligns_numbers_right_and_text_left() -> None:
-    rows = [["q_proj", 7, "1.5 MB", 0.25], ["down_proj", 1234, "211 kB", None]]
-    assert table(rows, ["name", "tiles", "bytes", "ratio"]).split("\n") == [
-        "name       tiles   bytes  ratio",
-        "─────────  ─────  ──────  ─────",
-        "q_proj         7  1.5 MB   0.25",
-        "down_proj   1234  211 kB      –",
-    ]
-
-
-def test_table_takes_sizes_and_counts_for_numbers() -> None:
-    assert table([["q", "7/18/0", "64x8"], ["k", "-", "576x1536"]], ["layer", "tiles", "shape"]).split("\n")[2:] == [
-        "q      7/18/0      64x8",
-        "k           -  576x1536",
-    ]
-
-
-def test_table_knows_wide_and_combining_characters() -> None:
-    lines = table([["线性", "a"], ["e\N{COMBINING ACUTE ACCENT}", "b"]], ["name", "x"]).split("\n")
-    assert lines[2:] == ["线性  a", "e\N{COMBINING ACUTE ACCENT}     b"]
-
-
-def test_table_of_nothing_and_of_wrong_rows() -> None:
-    assert table([], ["a", "bc"]) == "a  bc\n─  ──"
-    with pytest.raises(ValueError, match=r"row 1 has 1 cells: the table has 2 columns \['a', 'b'\]"):
-        table([[1, 2], [3]], ["a", "b"])
-
-
-@pytest.mark.parametrize(
-    ("n", "text"),
-    [
-        (0, "0 B"),
-        (999, "999 B"),
-        (1000, "1.00 kB"),
-        (9_999, "10.0 kB"),
-        (99_960, "100 kB"),
-        (999_600, "1.00 MB"),
-        (212_337_408, "212 MB"),
-        (3e15, "3000 TB"),
-    ],
-)
-def test_human_bytes(n: float, text: str) -> None:
-    assert human_bytes(n) == text

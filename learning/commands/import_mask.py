@@ -14,7 +14,7 @@ from patch_compiler.atomic import atomic_file
 from patch_compiler.hard_mask import HardMask
 from patch_compiler.importers import import_dense_zeros, import_maskllm_npz, import_patch_npz
 from patch_compiler.linears import get_linears, named_linears
-from patch_compiler.report import human_bytes
+from patch_compiler.text_table import human_bytes
 from patch_compiler.tile_map import DEFAULT_TILE
 
 from ..models import load_model, load_skeleton

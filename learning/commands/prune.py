@@ -16,7 +16,7 @@ from torch import Tensor
 from patch_compiler.atomic import atomic_directory
 from patch_compiler.hf import export_dense, save_compressed
 from patch_compiler.module import PatchLinear, convert
-from patch_compiler.report import human_bytes, table
+from patch_compiler.text_table import human_bytes, table
 from patch_compiler.tile_map import DEFAULT_TILE
 
 from ..data import describe_source, token_windows

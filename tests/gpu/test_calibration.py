@@ -34,7 +34,8 @@ def test_peak_memory_is_about_one_block() -> None:
         before = torch.cuda.memory_allocated()
         step()
         hessians = 4 * (3 * 1024**2 + 2816**2) + 4 * 4 * 2816**2  # of a block, and the factorisation of the largest
-        assert torch.cuda.max_memory_allocated() - before < 2 * block + hessians + activations < 12 * block
+        assert 2 * block + hessians + activations < 0.7 * sum(p.nbytes for p in model.parameters())  # a bound worth testing
+        assert torch.cuda.max_memory_allocated() - before < 2 * block + hessians + activations
         assert torch.cuda.memory_allocated() - before < block
         assert all(p.device.type == "cpu" for p in model.parameters())
 

@@ -1,0 +1,47 @@
+# make demo | test | lint | gpu | clean. Everything is installed into .venv; nothing else on the machine is touched.
+# Already have torch? `make gpu RUN=python3` uses that interpreter and installs nothing.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN ?= $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+# With a GPU: the newest supported torch, with the Triton it was built for. Without: a CPU build, from PyTorch's own index
+# where that can be reached (PyPI's Linux wheel brings gigabytes of CUDA).
+HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+TORCH ?= $(if $(HAS_GPU),torch>=2.11$(comma)<2.16,torch==2.13.0)
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+REACHABLE = $(PYTHON) -c "import urllib.request as u; u.urlopen('$(CPU_INDEX)/torch/', timeout=5)" >/dev/null 2>&1
+comma := ,
+
+NEEDS_INSTALL := $(if $(filter $(VENV)/%,$(RUN)),$(INSTALLED))
+
+.PHONY: demo test lint gpu install clean
+
+demo: $(NEEDS_INSTALL)
+	$(RUN) -m benchmarks.demo
+
+test: $(NEEDS_INSTALL)
+	$(RUN) -m pytest
+
+lint: $(NEEDS_INSTALL)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+# Tests and benchmarks that need a GPU, in one go; results go to benchmarks/results/.
+gpu: $(NEEDS_INSTALL)
+	PATCH_DEMO_MODEL=$${PATCH_DEMO_MODEL:-$$($(RUN) -m benchmarks.demo_model)} $(RUN) -m pytest -m "gpu or not gpu" tests/gpu tests/test_reference_kernel.py tests/test_packed.py
+	$(RUN) -m benchmarks.linear
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(if $(HAS_GPU),,if $(REACHABLE); then index="--index-url $(CPU_INDEX)"; fi;) \
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check $$index "$(TORCH)"
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -e ".[gguf,hub,test,lint]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,125 @@
+"""Does the compiled model say what the masked dense model says? Greedy tokens in fp32, logits in bf16, on a real model.
+
+    python -m benchmarks.agreement [--output benchmarks/results/agreement-<device>.json]
+
+The demo model is pruned one-shot (Wanda, 35 %). Masked dense in eager mode is the reference. Against it: the model whose
+masked weights the backend finds in the graph, and the converted model, both with torch.compile(backend="patch").
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CompileConfig
+
+from benchmarks.demo_model import demo_model
+from benchmarks.provenance import provenance
+from learning.calibration import calibrate
+from learning.data import token_stream, token_windows
+from learning.models import load_model
+from learning.prune import prune
+from patch_compiler import HardMask, apply_masks, convert, explain
+from patch_compiler.atomic import atomic_file
+
+PROMPTS = ("The history of the railway begins in", "Photosynthesis is", "In 1815 the war", "The capital of France")
+SPARSITY = 0.35
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@torch.no_grad()
+def greedy_tokens(model: nn.Module, tokenizer: Any, device: str, new_tokens: int, compiled: bool) -> list[list[int]]:
+    """Greedy continuations; compiled: decode with a static cache through the patch backend."""
+    options: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+    if compiled:
+        config = CompileConfig(backend="patch", mode="default")
+        config._compile_all_devices = True
+        options |= {"cache_implementation": "static", "compile_config": config}
+    found = []
+    for prompt in PROMPTS:
+        inputs = tokenizer(prompt, return_tensors="pt").to(device)
+        found.append(model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :].tolist())
+    return found
+
+
+@torch.no_grad()
+def measure(model: nn.Module, masks: dict[str, HardMask], tokenizer: Any, device: str, new_tokens: int) -> dict[str, Any]:
+    """model: dense, on the CPU; copies of it are moved to the device."""
+
+    def masked(dtype: torch.dtype) -> nn.Module:
+        there = copy.deepcopy(model).to(device, dtype)
+        apply_masks(there, masks)
+        return there
+
+    ways = {"graph": lambda m: m, "converted": convert}
+    record: dict[str, Any] = {}
+    reference = greedy_tokens(masked(torch.float32), tokenizer, device, new_tokens, compiled=False)
+    for way, change in ways.items():
+        torch._dynamo.reset()
+        fast = change(masked(torch.float32))
+        tokens = greedy_tokens(fast, tokenizer, device, new_tokens, compiled=True)
+        same = sum(a == b for x, y in zip(tokens, reference, strict=True) for a, b in zip(x, y, strict=True))
+        runs = [site.runs for site in explain(fast).sites]
+        record[f"fp32 greedy tokens, {way}"] = {
+            "equal": tokens == reference, "equal_tokens": same, "tokens": sum(map(len, reference)),
+            "linears": {what: runs.count(what) for what in sorted(set(runs))},
+        }  # fmt: skip
+        print(way, record[f"fp32 greedy tokens, {way}"], flush=True)
+    ids = token_stream(tokenizer, None, limit=512)[None].to(device)
+    exact = masked(torch.float32)(ids).logits
+    dense = masked(torch.bfloat16)
+    eager = dense(ids).logits
+    torch._dynamo.reset()
+    dense_compiled = torch.compile(dense)(ids).logits
+    packed = convert(masked(torch.bfloat16))
+    packed_eager = packed(ids).logits
+    torch._dynamo.reset()
+    packed_compiled = torch.compile(packed, backend="patch")(ids).logits
+    record["bf16 logits, relative difference"] = {
+        "converted eager vs masked dense eager": relative(packed_eager, eager),
+        "converted compiled vs masked dense eager": relative(packed_compiled, eager),
+        "converted compiled vs masked dense compiled": relative(packed_compiled, dense_compiled),
+        "masked dense compiled vs masked dense eager": relative(dense_compiled, eager),
+        "masked dense eager bf16 vs fp32": relative(eager, exact),
+        "masked dense compiled bf16 vs fp32": relative(dense_compiled, exact),
+        "converted compiled bf16 vs fp32": relative(packed_compiled, exact),
+    }
+    print(json.dumps(record["bf16 logits, relative difference"], indent=1), flush=True)
+    return record
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else argv
+    gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.agreement", description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--model", help="default: the demo model")
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/agreement-<gpu or cpu>.json")
+    args = parser.parse_args(arguments)
+    device = "cuda" if gpu else "cpu"
+    loaded = load_model(args.model or demo_model(), dtype=torch.bfloat16)
+    windows = token_windows(loaded.tokenizer, None, 512, 16)
+    calibration = calibrate(loaded.model, windows, device=device, progress=False)
+    dense = copy.deepcopy(loaded.model)
+    masks = prune(loaded.model, calibration=calibration, sparsity=SPARSITY, device=device, progress=False).masks
+    record = measure(dense, masks, loaded.tokenizer, device, args.new_tokens)
+    name = torch.cuda.get_device_name().split()[1].lower() if gpu else "cpu"
+    output = args.output or Path(f"benchmarks/results/agreement-{name}.json")
+    facts = {"provenance": provenance("benchmarks.agreement", arguments), "model": loaded.name, "sparsity": SPARSITY}
+    with atomic_file(output) as unfinished:
+        unfinished.write_text(json.dumps(facts | record, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
