@@ -29,9 +29,10 @@ lint: $(NEEDS_INSTALL)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-# Tests and benchmarks that need a GPU, in one go; results go to benchmarks/results/.
+# Tests and benchmarks that need a GPU, in one go; the numbers go to benchmarks/results/.
 gpu: $(NEEDS_INSTALL)
-	PATCH_DEMO_MODEL=$${PATCH_DEMO_MODEL:-$$($(RUN) -m benchmarks.demo_model)} $(RUN) -m pytest -m "gpu or not gpu" tests/gpu tests/test_reference_kernel.py tests/test_packed.py
+	$(RUN) -m pytest -m "gpu or not gpu" tests/gpu tests/test_reference_kernel.py tests/test_packed.py
+	$(RUN) -m benchmarks.agreement
 	$(RUN) -m benchmarks.linear
 
 install: $(INSTALLED)

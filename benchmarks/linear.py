@@ -9,6 +9,7 @@ cuBLAS (on a dense random weight) and the packed kernel are replayed in turn; me
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import sys
@@ -68,13 +69,15 @@ def copies_for(shape: tuple[int, int]) -> int:
     return max(2, min(64, -(-4 * cache // (shape[0] * shape[1] * 2))))
 
 
+@torch.no_grad()
 def rows() -> list[dict[str, object]]:
     measured = []
     for name, shape in SHAPES.items():
         copies = copies_for(shape)
         dense = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
         for sparsity in SPARSITIES:
-            layers = [packed_layer(shape, sparsity) for _ in range(copies)]
+            first = packed_layer(shape, sparsity)
+            layers = [first, *(copy.deepcopy(first) for _ in range(copies - 1))]
             for tokens in TOKENS:
                 x = torch.randn(tokens, shape[1], device="cuda", dtype=torch.bfloat16)
                 baseline = captured([partial(F.linear, x, w) for w in dense])
