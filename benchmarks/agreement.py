@@ -23,6 +23,7 @@ from benchmarks.demo_model import demo_model
 from benchmarks.provenance import provenance
 from learning.calibration import calibrate
 from learning.data import token_stream, token_windows
+from learning.evaluate import padded
 from learning.models import load_model
 from learning.prune import prune
 from patch_compiler import HardMask, apply_masks, convert, explain
@@ -37,18 +38,16 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 @torch.no_grad()
-def greedy_tokens(model: nn.Module, tokenizer: Any, device: str, new_tokens: int, compiled: bool) -> list[list[int]]:
-    """Greedy continuations; compiled: decode with a static cache through the patch backend."""
-    options: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+def greedy_tokens(model: nn.Module, tokenizer: Any, new_tokens: int, compiled: bool) -> list[list[int]]:
+    """Greedy continuations of PROMPTS as one padded batch; compiled: decode with a static cache through the patch backend."""
+    inputs = padded(tokenizer, PROMPTS, model.device)
+    # without an end token every row goes on to the last one: more tokens to compare
+    options: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0, "eos_token_id": -1}
     if compiled:
         config = CompileConfig(backend="patch", mode="default")
         config._compile_all_devices = True
         options |= {"cache_implementation": "static", "compile_config": config}
-    found = []
-    for prompt in PROMPTS:
-        inputs = tokenizer(prompt, return_tensors="pt").to(device)
-        found.append(model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :].tolist())
-    return found
+    return model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :].tolist()
 
 
 @torch.no_grad()
@@ -62,11 +61,11 @@ def measure(model: nn.Module, masks: dict[str, HardMask], tokenizer: Any, device
 
     ways = {"graph": lambda m: m, "converted": convert}
     record: dict[str, Any] = {}
-    reference = greedy_tokens(masked(torch.float32), tokenizer, device, new_tokens, compiled=False)
+    reference = greedy_tokens(masked(torch.float32), tokenizer, new_tokens, compiled=False)
     for way, change in ways.items():
         torch._dynamo.reset()
         fast = change(masked(torch.float32))
-        tokens = greedy_tokens(fast, tokenizer, device, new_tokens, compiled=True)
+        tokens = greedy_tokens(fast, tokenizer, new_tokens, compiled=True)
         same = sum(a == b for x, y in zip(tokens, reference, strict=True) for a, b in zip(x, y, strict=True))
         runs = [site.runs for site in explain(fast).sites]
         record[f"fp32 greedy tokens, {way}"] = {

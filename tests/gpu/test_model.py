@@ -73,7 +73,8 @@ def test_converted_weights_leave_the_gpu() -> None:
     gc.collect()
     after = torch.cuda.memory_allocated()
     packed = sum(m.packed.nbytes for m in model)
-    assert before - after > 0.99 * (8 * 2048 * 2048 * 2 - packed)
+    # the allocator does not split off a remainder below 1 MiB, so a tensor may hold that much more than its size
+    assert before - after > 8 * 2048 * 2048 * 2 - packed - 8 * 2**20
     x = torch.randn(4, 2048, device="cuda", dtype=torch.bfloat16)
     torch.compile(model, backend="patch")(x)
     gc.collect()
