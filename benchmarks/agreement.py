@@ -41,8 +41,8 @@ def relative(a: Tensor, b: Tensor) -> float:
 def greedy_tokens(model: nn.Module, tokenizer: Any, new_tokens: int, compiled: bool) -> list[list[int]]:
     """Greedy continuations of PROMPTS as one padded batch; compiled: decode with a static cache through the patch backend."""
     inputs = padded(tokenizer, PROMPTS, model.device)
-    # without an end token every row goes on to the last one: more tokens to compare
-    options: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0, "eos_token_id": -1}
+    options: dict[str, Any] = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+    options |= {"do_sample": False, "pad_token_id": 0}
     if compiled:
         config = CompileConfig(backend="patch", mode="default")
         config._compile_all_devices = True

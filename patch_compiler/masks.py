@@ -64,12 +64,12 @@ def select_24(score: Tensor) -> Tensor:
 
 def codes_of_mask(keep: Tensor) -> Tensor:
     """bool [M, K] -> pattern codes, INVALID_CODE for a group that does not keep exactly two (partial: min(2, r))."""
-    groups = _grouped(keep, False)
-    codes = select_24(keep)
-    same = (expand_codes(codes, groups.shape[1] * 4).reshape(groups.shape) == groups).all(-1)
+    groups = _grouped(keep, False).to(torch.uint8)
+    bits = groups[..., 0] | groups[..., 1] << 1 | groups[..., 2] << 2 | groups[..., 3] << 3
+    codes = _code_of_bits().to(keep.device)[bits.int()]
     if keep.shape[1] % 4 == 1:  # one input left: the pattern's second slot is padding and keeps nothing
-        same[:, -1] = groups[:, -1, 0]
-    return torch.where(same, codes, INVALID_CODE)
+        codes[:, -1] = torch.where(keep[:, -1], 0, INVALID_CODE)
+    return codes
 
 
 def expand_codes(codes: Tensor, in_features: int) -> Tensor:
