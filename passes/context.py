@@ -54,6 +54,7 @@ class Linear:
     node: fx.Node
     name: str
     leaves: list[fx.Node] = field(default_factory=list)  # placeholders of the parameters and buffers it is made of
+    in_graph: bool = False  # the weight is an expression such as `w * mask`, not a bare parameter
     source: MaskedWeight | None = None  # set while it is a candidate
     shape: tuple[int, int] = (0, 0)
     dtype: torch.dtype | None = None

@@ -54,6 +54,12 @@ def add_buffer(graph_module: fx.GraphModule, name: str, tensor: Tensor) -> fx.No
     return node
 
 
+def written_in_graph(node: fx.Node) -> bool:
+    """Whether the traced code itself writes this parameter or buffer: its value before the call is not what is used."""
+    example = node.meta.get("example_value")
+    return isinstance(example, Tensor) and not example.is_inference() and example._version > 0
+
+
 def is_plain_tensor(value: object) -> bool:
     """A real tensor, not a fake, meta or subclass one (DTensor, quantized): only those can be read and packed."""
     return type(value) in (Tensor, torch.nn.Parameter) and not value.is_meta  # type: ignore[attr-defined]

@@ -18,8 +18,8 @@ from patch_compiler.linears import mask_of
 from patch_compiler.tile_map import TileMap, normalize_tile
 
 from .context import Context, Linear
-from .dynamo import is_plain_tensor, is_static, parameter_path
-from .masked_weight import MaskedWeight, shared
+from .dynamo import is_plain_tensor, parameter_path, written_in_graph
+from .masked_weight import MaskedWeight, NotMasked, shared
 from .weight_expression import WeightExpression, keep_mask, weight_expression
 
 
@@ -31,19 +31,31 @@ def run(graph: fx.Graph, context: Context) -> fx.Graph:
             context.linears.append(_dense_linear(node, context))
         elif node.target is torch.ops.patch.linear.default:
             context.linears.append(_packed_linear(node, context))
+    trained = sum(linear.reason == _TRAINED for linear in context.linears)
+    if trained:  # in training this is as it should be; at inference it would be a silent loss
+        warnings.warn(f"patch: {trained} masked linears left dense: {_TRAINED}", stacklevel=2)
     return graph
 
 
-def _layer_name(leaf: fx.Node | None, node: fx.Node) -> str:
-    path = parameter_path(leaf) if leaf is not None else None
-    return path.rpartition(".")[0] or path if path else node.name
+_TRAINED = "its weight requires grad (training, or inference outside torch.no_grad()): left to autograd"
+
+
+def _layer_name(leaves: Sequence[fx.Node], node: fx.Node) -> str:
+    """The path of the module that holds the weight: of the first leaf that is not a mask by its name."""
+    paths = [path for leaf in leaves if (path := parameter_path(leaf)) is not None]
+    if not paths:
+        return node.name
+    path = next((p for p in paths if "mask" not in p.rpartition(".")[2]), paths[0])
+    return path.partition(".parametrizations.")[0] if ".parametrizations." in path else path.rpartition(".")[0] or path
 
 
 def _packed_linear(node: fx.Node, context: Context) -> Linear:
     values, kinds = node.args[1], node.args[3]
-    linear = Linear(
-        node, _layer_name(values if isinstance(values, fx.Node) else None, node), runs="packed", reason="PatchLinear"
-    )
+    named = [values] if isinstance(values, fx.Node) else []
+    linear = Linear(node, _layer_name(named, node), runs="packed", reason="PatchLinear")
+    if not all(isinstance(size, int) for size in node.args[6:10]):
+        linear.reason = "PatchLinear of symbolic size"
+        return linear
     out_features, in_features, rows, columns = (int(a) for a in node.args[6:10])  # type: ignore[arg-type]
     linear.shape = (out_features, in_features)
     known = context.values.get(kinds) if isinstance(kinds, fx.Node) else None
@@ -59,23 +71,24 @@ def _dense_linear(node: fx.Node, context: Context) -> Linear:
     expression = weight_expression(weight)
     if expression is None:
         return Linear(node, node.name, reason="its weight is not an expression over parameters and buffers")
-    leaf = next((n for n in expression.leaves if is_static(n)), None)
-    linear = Linear(node, _layer_name(leaf, node), expression.leaves)
+    linear = Linear(node, _layer_name(expression.leaves, node), expression.leaves, in_graph=not expression.is_parameter)
     leaves = context.leaf_tensors(linear)
     if not all(is_plain_tensor(t) for t in leaves):
         linear.reason = "its weight is a fake, meta or subclass tensor"
         return linear
-    first = max(leaves, key=lambda t: t.numel())
-    linear.dtype, linear.shape = first.dtype, (first.shape[0], first.shape[-1])
-    attached = mask_of(leaves[0]) if expression.is_parameter else None
-    if expression.is_parameter and attached is None:
+    largest = max(leaves, key=lambda t: (t.is_floating_point(), t.numel()))
+    linear.dtype, linear.shape = largest.dtype, (largest.shape[0], largest.shape[-1])
+    attached = None if linear.in_graph else mask_of(leaves[0])
+    if not linear.in_graph and attached is None:
         linear.reason = "dense weight without a tile map"
-    elif not expression.is_parameter and not expression.looks_masked:
+    elif linear.in_graph and not expression.looks_masked:
         linear.reason = "its weight is computed from parameters, but no mask is applied to it"
     elif torch.is_grad_enabled() and any(t.requires_grad for t in leaves):
-        linear.reason = "its weight requires grad (training, or inference outside torch.no_grad()): left to autograd"
-        # in training this is as it should be; at inference it would be a silent loss
-        warnings.warn(f"patch: {linear.name}: {linear.reason}", stacklevel=2)
+        linear.reason = _TRAINED
+    elif any(written_in_graph(n) for n in linear.leaves):
+        linear.reason = "the compiled code itself writes its weight or mask"
+    elif context.options.check_weights and any(t.is_inference() for t in leaves):
+        linear.reason = "its weight was made under torch.inference_mode: a change could not be noticed (option check_weights)"
     else:
         linear.source = _source(expression, attached, leaves, context)
     return linear
@@ -96,7 +109,7 @@ def _source(expression: WeightExpression, attached: HardMask | None, leaves: lis
     def read_from_graph(tensors: Sequence[Tensor], weight: Tensor) -> HardMask:
         keep = keep_mask(expression, tensors)
         if keep is None:
-            raise ValueError("no mask of zeros and ones in its weight expression")
+            raise NotMasked("no mask of zeros and ones in its weight expression")
         try:
             return HardMask.from_keep(keep, tile)
         except ValueError as error:

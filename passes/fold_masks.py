@@ -11,9 +11,9 @@ def run(graph: fx.Graph, context: Context) -> fx.Graph:
     for linear in context.linears:
         if linear.source is None:
             continue
+        linear.shape, linear.dtype = linear.source.shape, linear.source.dtype
         if linear.source.mask is not None:
             linear.tile_map = linear.source.mask.tile_map
-            linear.shape = linear.tile_map.shape
         else:
             linear.reason = linear.source.no_mask_because
     return graph

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 import torch.nn.functional as F
 from torch import fx
@@ -40,7 +42,18 @@ def _packed(linear: Linear, number: int, context: Context) -> fx.Node:
         for name, tensor in zip(("values", "indices", "kinds", "panel_starts"), tensors, strict=True)
     ]
     sizes = (*linear.tile_map.shape, *linear.tile_map.tile)
-    return context.graph_module.graph.call_function(torch.ops.patch.linear.default, (x, *buffers, bias, *sizes))
+    graph = context.graph_module.graph
+    inside = bias if bias is not None and _is_vector(bias, linear.shape[0]) else None  # F.linear adds whatever broadcasts
+    replacement = graph.call_function(torch.ops.patch.linear.default, (x, *buffers, inside, *sizes))
+    if bias is None or inside is not None:
+        return replacement
+    replacement.meta = {k: v for k, v in linear.node.meta.items() if k != "example_value"}
+    return graph.call_function(operator.add, (replacement, bias))
+
+
+def _is_vector(bias: fx.Node, length: int) -> bool:
+    example = bias.meta.get("example_value")
+    return isinstance(example, torch.Tensor) and tuple(example.shape) == (length,)
 
 
 def _folded(linear: Linear, number: int, context: Context) -> fx.Node:

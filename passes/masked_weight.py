@@ -11,29 +11,38 @@ from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from patch_compiler.hard_mask import HardMask
 from patch_compiler.masks import apply_mask
 from patch_compiler.packed import pack
 
+Stamp = tuple[tuple[int, int, int], ...]
 
-def stamp(leaves: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
+
+class NotMasked(ValueError):
+    """The weight expression applies no mask of zeros and ones."""
+
+
+def stamp(leaves: Sequence[Tensor]) -> Stamp:
     """Changes when a tensor is written in place or its storage is replaced.
 
     Not seen, because no counter moves: `w.data.mul_()`, `w.data += delta` (PEFT's merge), fused optimisers, NumPy
     aliases. `patch_compiler.refresh` is for those.
     """
-    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in leaves)
+    return tuple((t.untyped_storage()._cdata, t.data_ptr(), 0 if t.is_inference() else t._version) for t in leaves)
 
 
-_registry: dict[Hashable, MaskedWeight] = {}
+_newest: weakref.WeakValueDictionary[Hashable, MaskedWeight] = weakref.WeakValueDictionary()
+_living: weakref.WeakSet[MaskedWeight] = weakref.WeakSet()
 _lock = threading.RLock()
 
 
 class MaskedWeight:
     """Evaluates lazily, keeps only what a graph asked for, and refreshes in place so that CUDA graphs stay valid.
 
-    weight: leaves -> effective weight [M, K]. read_mask: (leaves, weight) -> HardMask; its ValueError says why there is none.
+    weight: leaves -> effective weight [M, K]. read_mask: (leaves, weight) -> HardMask; its ValueError says why there is
+    none. The compiled graphs keep it alive, the leaves are only watched.
     """
 
     def __init__(
@@ -44,87 +53,121 @@ class MaskedWeight:
     ) -> None:
         self._weight, self._read_mask = weight, read_mask
         self._leaves = [weakref.ref(t) for t in leaves]
-        self._packed: tuple[Tensor, ...] | None = None
+        self._packed: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self._folded: Tensor | None = None
-        self._read(leaves)
+        self._storages: list[StorageWeakRef] = []
+        self.stamp: Stamp = ()  # stale
+        now = stamp(leaves)
+        effective = self._evaluate(leaves)
+        self.shape = (effective.shape[0], effective.shape[-1])
+        self.dtype, self.device = effective.dtype, effective.device
+        self.mask, self.is_masked, self.no_mask_because = self._find_mask(leaves, effective)
+        self._settle(leaves, now)
+        _living.add(self)
 
-    @torch.no_grad()
-    def _read(self, leaves: Sequence[Tensor]) -> Tensor:
-        self.stamp = stamp(leaves)
-        weight = self._weight(*leaves).detach()
-        self.mask: HardMask | None = None
-        self.no_mask_because = ""
-        try:
-            self.mask = self._read_mask(leaves, weight)
-        except ValueError as error:
-            self.no_mask_because = str(error)
-        return weight
+    def is_fresh(self, leaves: Sequence[Tensor]) -> bool:
+        """Whether nothing was written since it was last read."""
+        return self.stamp == stamp(leaves)
+
+    def is_of(self, leaves: Sequence[Tensor]) -> bool:
+        """Whether it was made of these very tensors (an id may be used again)."""
+        return all(r() is t for r, t in zip(self._leaves, leaves, strict=True))
 
     def leaves(self) -> list[Tensor] | None:
         """The tensors it is made of, None once one of them is gone."""
-        tensors = [r() for r in self._leaves]
-        return None if any(t is None for t in tensors) else [t for t in tensors if t is not None]
+        tensors = [t for r in self._leaves if (t := r()) is not None]
+        return tensors if len(tensors) == len(self._leaves) else None
 
-    @torch.no_grad()
     def packed(self, leaves: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """values, indices, kinds, panel_starts on the weight's device; made once."""
         assert self.mask is not None, "only a weight with a hard mask can be packed"
         if self._packed is None:
-            weight = self._weight(*leaves).detach()
-            packed = pack(weight, self.mask)
-            kinds, starts = packed.tile_map.kinds.to(weight.device), packed.panel_starts().to(weight.device)
-            self._packed = (packed.values, packed.indices, kinds, starts)
-        return self._packed  # type: ignore[return-value]
+            self._packed = _pack(self._evaluate(leaves), self.mask)
+        return self._packed
 
-    @torch.no_grad()
     def folded(self, leaves: Sequence[Tensor]) -> Tensor:
         """The effective dense weight, masked places +0.0 where there is a hard mask; made once."""
         if self._folded is None:
-            weight = self._weight(*leaves).detach()
-            self._folded = weight.clone() if self.mask is None else apply_mask(weight, self.mask.keep(weight.device))
+            self._folded = _fold(self._evaluate(leaves), self.mask)
         return self._folded
 
-    @torch.no_grad()
-    def refresh(self, leaves: Sequence[Tensor]) -> bool:
-        """Follow a change of the leaves, writing into the tensors that graphs hold. False if the sizes no longer fit."""
-        with _lock:
-            return self._refresh(leaves)
+    def refresh(self, leaves: Sequence[Tensor], force: bool = False) -> bool:
+        """Follow a change of the leaves, writing into the tensors that graphs hold.
 
-    def _refresh(self, leaves: Sequence[Tensor]) -> bool:
-        old_packed, old_folded = self._packed, self._folded
-        weight = self._read(leaves)
-        if old_packed is not None and (self.mask is None or weight.dtype != old_packed[0].dtype):
+        False if they no longer fit; then, and if it raises, it stays stale and every later call tries again.
+        """
+        with _lock:
+            if self.is_fresh(leaves) and not force:
+                return True  # another thread was faster
+            self.stamp = ()
+            now = stamp(leaves)
+            fits = self._rewrite(leaves)
+            if fits:
+                self._settle(leaves, now)
+            return fits
+
+    def _settle(self, leaves: Sequence[Tensor], now: Stamp) -> None:
+        # while a weak reference to a storage lives, its address is not used again: equal addresses are the same storage
+        self._storages = [StorageWeakRef(t.untyped_storage()) for t in leaves]
+        self.stamp = now
+
+    @torch.no_grad()
+    def _rewrite(self, leaves: Sequence[Tensor]) -> bool:
+        weight = self._evaluate(leaves)
+        if (tuple(weight.shape), weight.dtype, weight.device) != (self.shape, self.dtype, self.device):
             return False
-        self._packed = self._folded = None
-        try:
-            if old_packed is not None:
-                new_packed = self.packed(leaves)
-                if any(a.shape != b.shape for a, b in zip(old_packed, new_packed, strict=True)):
-                    return False
-                for old, new in zip(old_packed, new_packed, strict=True):
-                    old.copy_(new)
-            if old_folded is not None:
-                old_folded.copy_(self.folded(leaves))
-        finally:
-            self._packed, self._folded = old_packed, old_folded
+        mask, is_masked, why = self._find_mask(leaves, weight)
+        copies: list[tuple[Tensor, Tensor]] = []
+        if self._packed is not None:
+            if mask is None:
+                return False
+            copies += zip(self._packed, _pack(weight, mask), strict=True)
+        if self._folded is not None:
+            copies.append((self._folded, _fold(weight, mask)))
+        if any(old.shape != new.shape for old, new in copies):
+            return False
+        for old, new in copies:
+            old.copy_(new)
+        self.mask, self.is_masked, self.no_mask_because = mask, is_masked, why
         return True
+
+    @torch.no_grad()
+    def _evaluate(self, leaves: Sequence[Tensor]) -> Tensor:
+        return self._weight(*leaves).detach()
+
+    @torch.no_grad()
+    def _find_mask(self, leaves: Sequence[Tensor], weight: Tensor) -> tuple[HardMask | None, bool, str]:
+        try:
+            return self._read_mask(leaves, weight), True, ""
+        except ValueError as error:
+            return None, not isinstance(error, NotMasked), str(error)
+
+
+def _pack(weight: Tensor, mask: HardMask) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    packed = pack(weight, mask)
+    # copies: a refresh writes into these tensors, and the map belongs to the user
+    kinds = packed.tile_map.kinds.to(weight.device, copy=True)
+    return packed.values, packed.indices, kinds, packed.panel_starts().to(weight.device)
+
+
+def _fold(weight: Tensor, mask: HardMask | None) -> Tensor:
+    return weight.clone() if mask is None else apply_mask(weight, mask.keep(weight.device))
 
 
 def shared(key: Hashable, leaves: Sequence[Tensor], make: Callable[[], MaskedWeight]) -> MaskedWeight:
-    """The process's MaskedWeight for `key` (which names the leaves by identity), up to date; it dies with any of its leaves."""
+    """The process's MaskedWeight for `key` (which names the leaves by identity), up to date."""
     with _lock:
-        found = _registry.get(key)
-        if found is not None and (found.stamp == stamp(leaves) or found.refresh(leaves)):
-            return found
-        made = _registry[key] = make()
-        if found is None:
-            for leaf in leaves:
-                weakref.finalize(leaf, _registry.pop, key, None)
-        return made
+        found = _newest.get(key)
+        if found is None or not found.is_of(leaves) or not found.refresh(leaves):
+            found = _newest[key] = make()
+        return found
 
 
 def refresh_all() -> int:
-    """Re-read every weight of the process, for changes that no version counter shows. Returns how many no longer fit."""
+    """Re-read every weight that a graph holds a copy of, for changes that no version counter shows.
+
+    Returns how many no longer fit.
+    """
     with _lock:
-        entries = [(entry, leaves) for entry in _registry.values() if (leaves := entry.leaves()) is not None]
-        return sum(not entry.refresh(leaves) for entry, leaves in entries)
+        living = [(entry, leaves) for entry in list(_living) if (leaves := entry.leaves()) is not None]
+        return sum(not entry.refresh(leaves, force=True) for entry, leaves in living)

@@ -21,10 +21,9 @@ def run(graph: fx.Graph, context: Context) -> fx.Graph:
 
 
 def _decide(linear: Linear, context: Context) -> tuple[Runs, str]:
-    kernel = context.options.kernel
-    device = context.values[linear.leaves[0]].device.type
-    in_graph = len(linear.leaves) > 1  # `w * mask`, not a parameter that carries a tile map
-    dense: Runs = "folded" if in_graph else "unchanged"
+    assert linear.source is not None
+    kernel, device = context.options.kernel, linear.source.device.type
+    dense: Runs = "folded" if linear.in_graph and linear.source.is_masked else "unchanged"
     if linear.tile_map is None:
         return dense, linear.reason
     if linear.tile_map.count(TileKind.DENSE) == linear.tile_map.kinds.numel():
@@ -33,4 +32,4 @@ def _decide(linear: Linear, context: Context) -> tuple[Runs, str]:
         return dense, "option kernel='dense'"
     if kernel == "auto" and device != "cuda":
         return dense, f"on {device} a dense GEMM on the masked weight is faster than decompressing it at every call"
-    return "packed", "its mask was found in the graph" if in_graph else "its weight carries a tile map"
+    return "packed", "its mask was found in the graph" if linear.in_graph else "its weight carries a tile map"

@@ -50,23 +50,25 @@ class WeightExpression:
 
     def detached(self) -> WeightExpression:
         """The same expression on a graph of its own, without the metadata that would keep Dynamo's graph and tensors alive."""
-        graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
-        for node in self.nodes:
-            copies[node] = (
-                graph.placeholder(node.name) if node.op == "placeholder" else graph.node_copy(node, copies.__getitem__)
-            )
-            copies[node].meta = {}
+        copies = self._copied()
+        for copied in copies.values():
+            copied.meta = {}
         return WeightExpression(tuple(copies.values()))
 
     def function(self, result: fx.Node | None = None) -> Callable[..., Tensor]:
         """A function of the leaves' tensors that computes `result` (default: the whole expression)."""
+        copies = self._copied()
+        output = copies[result or self.nodes[-1]]
+        output.graph.output(output)
+        return fx.GraphModule(nn.Module(), output.graph).forward
+
+    def _copied(self) -> dict[fx.Node, fx.Node]:
         graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
         for node in self.nodes:
             copies[node] = (
                 graph.placeholder(node.name) if node.op == "placeholder" else graph.node_copy(node, copies.__getitem__)
             )
-        graph.output(copies[result or self.nodes[-1]])
-        return fx.GraphModule(nn.Module(), graph).forward
+        return copies
 
 
 def weight_expression(node: object) -> WeightExpression | None:
@@ -118,16 +120,24 @@ def keep_mask(expression: WeightExpression, leaves: Sequence[Tensor]) -> Tensor 
     weight_shape = expression.function()(*leaves).shape
     keep: Tensor | None = None
     if node.target in _MULTIPLY or (node.op == "call_method" and node.target == "mul"):
-        factors = [t for t in map(evaluate, node.args) if t is not None]
+        factors = [t for t in map(evaluate, _arguments(node, "input", "other")) if t is not None]
         masks = [t for t in factors if t.dtype == torch.bool] or [t for t in factors if bool(((t == 0) | (t == 1)).all())]
         keep = masks[0] != 0 if len(factors) == 2 and masks else None
-    elif node.target is torch.where and len(node.args) == 3:
-        condition = evaluate(node.args[0])
-        if condition is not None and is_zero(node.args[2]):
+    elif node.target is torch.where:
+        chosen, kept, other = _arguments(node, "condition", "input", "other")
+        condition = evaluate(chosen)
+        if condition is not None and is_zero(other):
             keep = condition.bool()
-        elif condition is not None and is_zero(node.args[1]):
+        elif condition is not None and is_zero(kept):
             keep = ~condition.bool()
-    elif node.target == "masked_fill" and len(node.args) == 3 and is_zero(node.args[2]):
-        dropped = evaluate(node.args[1])
-        keep = None if dropped is None else ~dropped.bool()
+    elif node.target == "masked_fill":
+        _, chosen, value = _arguments(node, "input", "mask", "value")
+        dropped = evaluate(chosen)
+        keep = ~dropped.bool() if dropped is not None and is_zero(value) else None
     return None if keep is None else keep.expand(weight_shape)
+
+
+def _arguments(node: fx.Node, *names: str) -> list[object]:
+    """The arguments in this order, however they were passed; None for one that is missing."""
+    given: dict[str, object] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    return [given.get(name) for name in names]

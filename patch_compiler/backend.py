@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from passes import Linear, Options, run_passes
-from passes.masked_weight import MaskedWeight, refresh_all, stamp
+from passes.masked_weight import MaskedWeight, refresh_all
 
 from . import explanation, ops
 from .packed import packed_bytes
@@ -48,9 +48,14 @@ def parse_options(mode: str | None, options: dict[str, Any] | None) -> tuple[Opt
                 f"patch: unknown option {key!r}; ours are {Options.names()}, others must be torch._inductor.config keys"
             )
     try:
-        return Options(**own), patches
+        ours = Options(**own)
     except (TypeError, ValueError) as error:
         raise ValueError(f"patch: {error}") from None
+    if patches.get("freezing") and ours.check_weights:
+        raise ValueError(
+            "patch: Inductor's freezing bakes weights in, changes cannot be noticed: add the option check_weights=False"
+        )
+    return ours, patches
 
 
 def patch_backend(
@@ -78,9 +83,9 @@ def patch_backend(
         log.warning("patch: a pass failed, this graph is compiled without it", exc_info=True)
         graph_module, linears = original, []
     _record(linears, graph_module, example_inputs)
+    watched = _watched(linears, graph_module)  # before compile_fx, which owns the graph from then on
     compiled = cast(Callable[..., Any], compile_fx(graph_module, example_inputs, config_patches=patches))
-    watched = _watched(linears, graph_module)
-    return _checked(compiled, original, watched, ours.strict) if watched and ours.check_weights else compiled
+    return _checked(compiled, original, watched, ours) if watched else compiled
 
 
 patch_backend.reset = explanation.reset  # type: ignore[attr-defined]  # torch._dynamo.reset() calls it
@@ -100,28 +105,36 @@ _RECOMPILE = "call torch._dynamo.reset() and compile again"
 
 
 def _copy_without_weights(graph_module: fx.GraphModule) -> fx.GraphModule:
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(graph_module.graph, {}))
-    return fx.GraphModule(graph_module, graph)
+    """A copy that Inductor can compile like the original: with what Dynamo noted about static inputs."""
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    graph.output(graph.graph_copy(graph_module.graph, copies))
+    for node, copied in copies.items():
+        if hasattr(node, "_dynamo_source"):
+            copied._dynamo_source = node._dynamo_source
+    module = fx.GraphModule(graph_module, graph)
+    module.meta.update(graph_module.meta)
+    return module
 
 
-def _watched(linears: Sequence[Linear], graph_module: fx.GraphModule) -> list[tuple[tuple[int, ...], MaskedWeight]]:
+Watched = list[tuple[tuple[int, ...], MaskedWeight]]  # positions of the leaves among the graph's inputs
+
+
+def _watched(linears: Sequence[Linear], graph_module: fx.GraphModule) -> Watched:
     position = {n: i for i, n in enumerate(n for n in graph_module.graph.nodes if n.op == "placeholder")}
     return [(tuple(position[n] for n in x.leaves), x.source) for x in linears if x.source is not None and x.runs != "unchanged"]
 
 
-def _checked(
-    compiled: Callable[..., Any], original: fx.GraphModule, watched: list[tuple[tuple[int, ...], MaskedWeight]], strict: bool
-) -> Callable[..., Any]:
+def _checked(compiled: Callable[..., Any], original: fx.GraphModule, watched: Watched, options: Options) -> Callable[..., Any]:
     """Before each call compare version counters; repack what changed, or run the original graph if it no longer fits."""
 
     def run(*args: Any) -> Any:
-        for positions, source in watched:
+        for positions, source in watched:  # also keeps the packed copies alive as long as the graph
+            if not options.check_weights:
+                break
             leaves = [args[i] for i in positions]
-            if stamp(leaves) != source.stamp and not source.refresh(leaves):
-                source.stamp = ()  # stays stale, also for the other graphs that share it
+            if not source.is_fresh(leaves) and not source.refresh(leaves):
                 message = f"patch: a weight changed and no longer has the tile map it was compiled for; {_RECOMPILE}"
-                if strict:
+                if options.strict:
                     raise RuntimeError(message)
                 warnings.warn(f"{message}. Running this graph dense and eagerly.", stacklevel=2)
                 return original(*args)
@@ -148,7 +161,7 @@ def _site(linear: Linear, tensors: Sequence[Tensor]) -> explanation.Site:
     if linear.runs == "folded":
         runs = f"{explanation.DENSE}, mask folded once"
     elif linear.runs == "packed" and linear.tile_map is not None:
-        device = tensors[0].device if tensors else torch.device("cpu")
+        device = linear.source.device if linear.source is not None else tensors[0].device if tensors else torch.device("cpu")
         runs = explanation.TRITON if ops.uses_triton(device, dtype) else explanation.TORCH
         held = packed_bytes(linear.tile_map, dtype)
     dense_bytes = explanation.weight_bytes(linear.shape, dtype)

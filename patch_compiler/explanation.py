@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -63,23 +63,17 @@ class Explanation:
     __repr__ = __str__
 
 
-@dataclass
-class _Graph:
-    sites: list[tuple[Site, list[weakref.ref[Tensor]]]] = field(default_factory=list)
-
-
-_graphs: list[_Graph] = []
+_graphs: list[list[tuple[Site, list[weakref.ref[Tensor]]]]] = []
 _lock = threading.Lock()
 
 
 def record(sites: Sequence[tuple[Site, Sequence[Tensor]]]) -> None:
     """Called by the backend for each graph: its sites with the tensors each one's weight is made of."""
     with _lock:
-        _graphs.append(_Graph([(site, [weakref.ref(t) for t in tensors]) for site, tensors in sites]))
+        if sites:
+            _graphs.append([(site, [weakref.ref(t) for t in tensors]) for site, tensors in sites])
         # a graph whose weights are all gone explains nothing any more
-        _graphs[:] = [
-            g for g in _graphs if not g.sites or any(not refs or any(r() is not None for r in refs) for _, refs in g.sites)
-        ]
+        _graphs[:] = [g for g in _graphs if any(not refs or any(r() is not None for r in refs) for _, refs in g)]
 
 
 def reset() -> None:
@@ -97,38 +91,42 @@ def explain(model: nn.Module | None = None) -> Explanation:
 
     model: a model or what torch.compile made of it; each of its linear layers is listed once, as the newest graph that
     holds it decided, or as not compiled. Without a model: the sites of every graph compiled since torch._dynamo.reset().
+    Raises ValueError for anything else.
     """
     with _lock:
-        graphs = [list(g.sites) for g in _graphs]
+        graphs = [list(g) for g in _graphs]
     if model is None:
         return Explanation([site for sites in graphs for site, _ in sites], len(graphs))
     model = getattr(model, "_orig_mod", model)
-    newest: dict[int, Site] = {}
-    for sites in graphs:
-        for site, refs in sites:
-            newest.update({id(t): site for r in refs if (t := r()) is not None})
-    found, seen = [], set()
-    for name, module in model.named_modules():
-        tensors = _weight_tensors(module)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"explain takes a model or nothing, not a {type(model).__name__}")
+    newest = {id(t): site for sites in graphs for site, refs in sites for r in refs if (t := r()) is not None}
+    modules = dict(model.named_modules())
+    of_linears = {id(t) for m in modules.values() if _is_linear(m) for t in _own_tensors(m)}
+    found = []
+    for name, module in modules.items():
+        # a module of the user's own may hold the weight of a linear as well; an embedding tied to lm_head does not run it
+        tensors = [t for t in _own_tensors(module) if _is_linear(module) or id(t) not in of_linears]
         compiled = next((newest[id(t)] for t in tensors if id(t) in newest), None)
         if compiled is not None:
-            found.append(compiled)
-            seen.add(id(compiled))
+            found.append(replace(compiled, name=name or compiled.name))  # a graph's names start where its compilation did
         elif isinstance(module, PatchLinear):
             found.append(_eager_packed(name, module))
-        elif tensors:
+        elif _is_linear(module):
             found.append(_eager_dense(name, module))
-    used = sum(any(id(site) in seen for site, _ in sites) for sites in graphs)
+    all_tensors = {id(t) for t in (*model.parameters(), *model.buffers())}
+    used = sum(any(id(r()) in all_tensors for _, refs in sites for r in refs) for sites in graphs)
     return Explanation(found, used, f"{type(model).__name__}: ")
 
 
-def _weight_tensors(module: nn.Module) -> list[Tensor]:
-    if isinstance(module, PatchLinear):
-        return [module.values]
-    if isinstance(module, nn.Linear) or is_conv1d(module):
-        # a parametrised or pruned linear keeps its parameter under another name
-        return list(module.parameters()) + [b for b in module.buffers() if b.dim() == 2]
-    return []
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | PatchLinear) or is_conv1d(module)
+
+
+def _own_tensors(module: nn.Module) -> list[Tensor]:
+    """What a module's weight may be made of. A parametrised linear keeps its parameter in a module below it."""
+    recurse = isinstance(module, nn.Linear)
+    return [*module.parameters(recurse), *module.buffers(recurse)]
 
 
 def _eager_packed(name: str, module: PatchLinear) -> Site:

@@ -30,9 +30,11 @@ class HardMask:
         if tuple(self.codes.shape) != expected:
             raise ValueError(f"pattern codes of shape {tuple(self.codes.shape)}: a {m}x{k} weight needs {expected}")
         sparse = self.tile_map.group_kinds() == int(TileKind.SPARSE24)
-        codes = torch.where(sparse, self.codes.to("cpu", torch.uint8), 0)
-        if int(codes.max()) >= len(PATTERNS):
-            raise ValueError(f"pattern code {int(codes.max())}: codes run from 0 to {len(PATTERNS) - 1}")
+        codes = torch.where(sparse, self.codes.cpu(), 0)
+        for code in (codes.min().item(), codes.max().item()):  # before the cast, which would wrap
+            if code not in range(len(PATTERNS)) or codes.is_floating_point():
+                raise ValueError(f"pattern code {code}: codes run from 0 to {len(PATTERNS) - 1}")
+        codes = codes.to(torch.uint8)
         partial = k % GROUP
         if partial:
             kept = expand_codes(codes[:, -1:], GROUP)[:, :partial].sum(1)
@@ -55,14 +57,14 @@ class HardMask:
         three inputs may be both dense and 2:4: dense then. Raises ValueError naming the first tile that is none.
         """
         if keep.dim() != 2 or keep.dtype != torch.bool:
-            raise ValueError(f"a mask must be bool [out_features, in_features], not {keep.dtype} {tuple(keep.shape)}")
+            raise ValueError(f"a mask must be bool [out_features, in_features], it is {keep.dtype} {list(keep.shape)}")
         tile = normalize_tile(tile)
         shape = (keep.shape[0], keep.shape[1])
         codes = codes_of_mask(keep)
         everything = TileMap.full(shape, TileKind.DENSE, tile)
         kept = to_tiles(keep, tile).sum(3).sum(2).cpu()
         valid = to_tiles((codes != INVALID_CODE), (tile[0], tile[1] // GROUP), fill=True).all(3).all(2).cpu()
-        kinds = torch.full(everything.grid, INVALID_CODE, dtype=torch.uint8)
+        kinds = torch.full(everything.grid, INVALID_CODE, dtype=torch.uint8, device="cpu")
         kinds[valid] = int(TileKind.SPARSE24)
         kinds[kept == 0] = int(TileKind.ZERO)
         kinds[kept == everything.areas()] = int(TileKind.DENSE)

@@ -42,12 +42,12 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         and len(module) == depth
         and any(_is_dense_linear(m) or hasattr(m, "tile_map") for m in module.modules())
     }
-    # a multimodal model may have an equally deep vision tower: the decoder is the one with more weights
     if not candidates:
         raise ValueError(
             f"{type(model).__name__}: no list of {depth} decoder blocks with linear layers found; only decoder language models "
             "of transformers (LLaMA, Qwen, Gemma, OPT, GPT-2 and their like) can be pruned block by block"
         )
+    # a multimodal model may have an equally deep vision tower: the decoder is the one with more weights
     name = max(candidates, key=lambda n: sum(p.numel() for p in candidates[n].parameters()))
     return name, candidates[name]
 
@@ -104,6 +104,8 @@ def get_linears(model: nn.Module, masks: Mapping[str, HardMask]) -> dict[str, nn
         if module is None or not _is_dense_linear(module):
             what = "no such module" if module is None else f"a {type(module).__name__}, not a dense linear layer"
             raise ValueError(f"mask for {name!r}: {what} in {type(model).__name__}")
+        if "weight" not in module._parameters:
+            raise ValueError(f"mask for {name!r}: its weight is computed (pruned or parametrised); make that permanent first")
         shape = tuple(weight_of(module).shape)
         if shape != mask.tile_map.shape:
             raise ValueError(f"mask for {name!r} is made for a weight of shape {mask.tile_map.shape}, the model's is {shape}")

@@ -24,7 +24,7 @@ INVALID_CODE = 255
 
 def _code_of_bits() -> Tensor:
     """uint8 [16]: mask bits (bit i = input i kept) -> pattern code, INVALID_CODE where not exactly two are kept."""
-    table = torch.full((16,), INVALID_CODE, dtype=torch.uint8)
+    table = torch.full((16,), INVALID_CODE, dtype=torch.uint8, device="cpu")
     for code, pattern in enumerate(PATTERNS):
         table[sum(bit << i for i, bit in enumerate(pattern))] = code
     return table
@@ -46,7 +46,7 @@ def select_24(score: Tensor) -> Tensor:
     """
     if score.dim() != 2:
         raise ValueError(f"scores must be [out_features, in_features], not of shape {tuple(score.shape)}")
-    if score.dtype == torch.bool:
+    if not score.is_floating_point():
         score = score.to(torch.float32)
     if bool(score.isnan().any()):
         raise ValueError(f"{int(score.isnan().sum())} of the scores are NaN: 2:4 selection needs comparable scores")

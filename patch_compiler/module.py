@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .hard_mask import HardMask
-from .linears import get_linears, mask_of, weight_of
+from .linears import get_linears, is_conv1d, mask_of, weight_of
 from .packed import PackedWeight, pack, sparse24_groups, unpack
 from .tile_map import TileMap
 
@@ -34,7 +34,7 @@ class PatchLinear(nn.Module):
         device = packed.values.device
         self.register_buffer("values", packed.values)
         self.register_buffer("indices", packed.indices)
-        self.register_buffer("kinds", self.tile_map.kinds.to(device))
+        self.register_buffer("kinds", self.tile_map.kinds.to(device, copy=True))
         self.register_buffer("panel_starts", packed.panel_starts().to(device), persistent=False)
         self.bias = None if bias is None else bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
 
@@ -80,6 +80,20 @@ class PatchLinear(nn.Module):
             args[-1].append(f"{prefix}kinds: the state dict has another tile map than this layer ({self.tile_map})")
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
+        # not in the state dict, and lost when the layer came from the meta device
+        self.panel_starts = self.packed.panel_starts().to(self.values.device)
+
+
+def _check_plain(name: str, module: nn.Module) -> None:
+    """Raises ValueError for a layer that does more than multiply by its weight: PatchLinear would not do it."""
+    if not name:
+        raise ValueError("convert swaps layers inside a module: pass the module that holds this linear layer")
+    own_forward = "forward" in vars(module) or not (is_conv1d(module) or type(module).forward is nn.Linear.forward)
+    if own_forward or module._forward_hooks or module._forward_pre_hooks:
+        what = "a forward of its own" if own_forward else "forward hooks"
+        raise ValueError(
+            f"{name!r} is a {type(module).__name__} with {what}, which a packed layer would not run; remove it first"
+        )
 
 
 @torch.no_grad()
@@ -93,6 +107,8 @@ def convert(model: nn.Module, masks: Mapping[str, HardMask] | None = None) -> nn
     if masks is None:
         masks = {name: mask for name, m in model.named_modules() if (mask := mask_of(m)) is not None}
     linears = get_linears(model, masks)
+    for name, module in linears.items():
+        _check_plain(name, module)
     if not linears:
         raise ValueError(f"{type(model).__name__}: no linear layer carries a mask; prune it or load a mask first")
     converted: dict[int, PatchLinear] = {}  # a layer shared under two names stays shared

@@ -28,21 +28,24 @@ def uses_triton(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype in reference.SUPPORTED_DTYPES
 
 
-def _check(x: Tensor, values: Tensor, in_features: int) -> None:
+def _check(x: Tensor, values: Tensor, bias: Tensor | None, out_features: int, in_features: int) -> None:
     if x.shape[-1] != in_features:
         raise RuntimeError(f"patch::linear: x has {x.shape[-1]} features, the weight takes {in_features}")
     if x.dtype != values.dtype:
         raise RuntimeError(f"patch::linear: x is {x.dtype}, the weight is {values.dtype}; they must agree")
+    if bias is not None and tuple(bias.shape) != (out_features,):
+        raise RuntimeError(f"patch::linear: the bias has shape {tuple(bias.shape)}, it must be ({out_features},)")
 
 
 def _linear(
     x: Tensor, values: Tensor, indices: Tensor, kinds: Tensor, panel_starts: Tensor, bias: Tensor | None,
     out_features: int, in_features: int, tile_rows: int, tile_columns: int,
 ) -> Tensor:  # fmt: skip
-    _check(x, values, in_features)
+    _check(x, values, bias, out_features, in_features)
     launch = reference.launch_triton if uses_triton(x.device, x.dtype) else reference.launch_torch
     rows = x.reshape(-1, in_features).contiguous()
     y = x.new_empty((*x.shape[:-1], out_features))  # returned as it is: autograd refuses in-place writes to a view made in here
+    bias = None if bias is None else bias.contiguous()
     arguments = (indices, kinds, panel_starts, bias, out_features, in_features, tile_rows, tile_columns)
     launch(y.view(rows.shape[0], out_features), rows, values, *arguments)
     return y
@@ -84,7 +87,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     dx = torch.ops.patch.linear_dx(grad, *ctx.saved_tensors, *ctx.sizes) if ctx.needs_input_grad[0] else None
-    db = grad.flatten(0, -2).sum(0) if ctx.has_bias and ctx.needs_input_grad[5] else None
+    db = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.has_bias and ctx.needs_input_grad[5] else None
     return dx, None, None, None, None, db, None, None, None, None
 
 
@@ -98,10 +101,13 @@ def _register_autocast(device: str, key: str) -> None:
     def implementation(x: Tensor, values: Tensor, *arguments: Any) -> Tensor:
         indices, kinds, panel_starts, bias, *sizes = arguments
         dtype = torch.get_autocast_dtype(device)
+
+        def cast(t: Tensor) -> Tensor:  # as F.linear's own rule: everything but float64
+            return t if t.dtype == torch.float64 else t.to(dtype)
+
         with torch._C._ExcludeDispatchKeyGuard(excluded):
-            return linear(
-                x.to(dtype), values.to(dtype), indices, kinds, panel_starts, None if bias is None else bias.to(dtype), *sizes
-            )
+            arguments = (indices, kinds, panel_starts, None if bias is None else cast(bias), *sizes)
+            return linear(cast(x), cast(values), *arguments)
 
     _library.impl("linear", implementation, key)
 

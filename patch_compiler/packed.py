@@ -63,8 +63,8 @@ class PackedWeight:
 
     def hard_mask(self) -> HardMask:
         """The explicit mask. Raises ValueError if an index is no 2:4 pattern (a damaged file)."""
-        table = torch.full((16,), INVALID_CODE, dtype=torch.uint8)
-        table[list(NIBBLE_OF_CODE)] = torch.arange(len(PATTERNS), dtype=torch.uint8)
+        table = torch.full((16,), INVALID_CODE, dtype=torch.uint8, device="cpu")
+        table[list(NIBBLE_OF_CODE)] = torch.arange(len(PATTERNS), dtype=torch.uint8, device="cpu")
         packed = self.indices.cpu()
         nibbles = torch.stack([packed & 15, packed >> 4], 1).flatten()
         place = group_places(self.tile_map)
@@ -74,7 +74,7 @@ class PackedWeight:
         found = table[nibbles[:total].int()]
         if bool((found == INVALID_CODE).any()):
             raise ValueError(f"packed indices: {int((found == INVALID_CODE).sum())} of {total} groups hold no 2:4 pattern")
-        codes = torch.zeros(place.shape, dtype=torch.uint8)
+        codes = torch.zeros(place.shape, dtype=torch.uint8, device="cpu")
         codes[place] = found
         m, k = self.tile_map.shape
         return HardMask(self.tile_map, from_tiles(codes, (m, -(-k // GROUP))))
@@ -115,7 +115,7 @@ def pack(weight: Tensor, mask: HardMask) -> PackedWeight:
     values = torch.cat(
         [_tiles(weight.detach()[rows], tile_map)[_tiles(keep[rows], tile_map)] for rows in _row_blocks(tile_map)]
     )
-    nibbles = torch.tensor(NIBBLE_OF_CODE, dtype=torch.uint8)[mask.codes.int()]
+    nibbles = torch.tensor(NIBBLE_OF_CODE, dtype=torch.uint8, device="cpu")[mask.codes.int()]
     stream = to_tiles(nibbles, (tile_map.tile[0], tile_map.tile[1] // GROUP))[group_places(tile_map)]
     if stream.numel() % 2:
         stream = torch.cat([stream, stream.new_zeros(1)])

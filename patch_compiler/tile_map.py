@@ -69,12 +69,10 @@ class TileMap:
                 f"tile map of shape {tuple(self.kinds.shape)}: "
                 f"a {m}x{k} weight in {self.tile[0]}x{self.tile[1]} tiles needs {grid}"
             )
-        if self.kinds.dtype != torch.uint8 or self.kinds.device.type != "cpu":
-            object.__setattr__(self, "kinds", self.kinds.to("cpu", torch.uint8))
-        if int(self.kinds.max()) > max(TileKind):
-            raise ValueError(
-                f"tile kind {int(self.kinds.max())}: known kinds are {[f'{k.value}={k.name.lower()}' for k in TileKind]}"
-            )
+        for kind in (self.kinds.min().item(), self.kinds.max().item()):  # before the cast, which would wrap
+            if kind not in set(TileKind) or self.kinds.is_floating_point():
+                raise ValueError(f"tile kind {kind}: known kinds are {[f'{k.value}={k.name.lower()}' for k in TileKind]}")
+        object.__setattr__(self, "kinds", self.kinds.to("cpu", torch.uint8, copy=True))  # nobody else's memory
 
     # ---- making one
 
@@ -87,7 +85,7 @@ class TileMap:
     def full(cls, shape: tuple[int, int], kind: TileKind, tile: int | tuple[int, int] = DEFAULT_TILE) -> TileMap:
         """Every tile of one kind."""
         tile = normalize_tile(tile)
-        return cls(shape, tile, torch.full(cls.grid_of(shape, tile), int(kind), dtype=torch.uint8))
+        return cls(shape, tile, torch.full(cls.grid_of(shape, tile), int(kind), dtype=torch.uint8, device="cpu"))
 
     @classmethod
     def from_dense(cls, shape: tuple[int, int], dense: Tensor, tile: int | tuple[int, int] = DEFAULT_TILE) -> TileMap:
@@ -104,13 +102,13 @@ class TileMap:
     @cached_property
     def tile_rows(self) -> Tensor:
         """int64 [panels]: rows of each panel (the last may be short)."""
-        start = torch.arange(self.grid[0]) * self.tile[0]
+        start = torch.arange(self.grid[0], device="cpu") * self.tile[0]
         return (self.shape[0] - start).clamp(max=self.tile[0])
 
     @cached_property
     def tile_columns(self) -> Tensor:
         """int64 [columns]: inputs of each tile column (the last may be short)."""
-        start = torch.arange(self.grid[1]) * self.tile[1]
+        start = torch.arange(self.grid[1], device="cpu") * self.tile[1]
         return (self.shape[1] - start).clamp(max=self.tile[1])
 
     def areas(self) -> Tensor:
@@ -119,7 +117,7 @@ class TileMap:
 
     def sparse24_areas(self) -> Tensor:
         """int64 [panels, columns]: weights each tile would keep if it were 2:4."""
-        kept = torch.tensor([sparse24_kept(int(w)) for w in self.tile_columns])
+        kept = torch.tensor([sparse24_kept(int(w)) for w in self.tile_columns], device="cpu")
         return self.tile_rows[:, None] * kept[None, :]
 
     def kept(self) -> Tensor:

@@ -75,7 +75,7 @@ def test_prefill_and_decode_share_the_packed_weights() -> None:
     from passes import masked_weight
 
     model, masks = masked_model("llama")
-    before = set(masked_weight._registry)
+    before = set(masked_weight._living)
     fast = torch.compile(model, backend="patch", options={"kernel": "reference"})
     with torch.no_grad():
         tokens = torch.randint(3, 128, (1, 8))
@@ -83,4 +83,4 @@ def test_prefill_and_decode_share_the_packed_weights() -> None:
         step = fast(tokens[:, -1:], past_key_values=prefill.past_key_values, use_cache=True)
         reference = model(torch.cat([tokens, tokens[:, -1:]], 1)).logits[:, -1]
     torch.testing.assert_close(step.logits[:, -1], reference, atol=2e-4, rtol=2e-4)
-    assert len(set(masked_weight._registry) - before) == len(masks)
+    assert len(set(masked_weight._living) - before) == len(masks)

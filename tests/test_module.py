@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import nn
 
 from patch_compiler import HardMask, PatchLinear, TileKind, TileMap, apply_masks, convert, named_linears, pack
@@ -130,3 +131,51 @@ def test_dropped_weights_are_dropped_whatever_they_hold() -> None:
         module.weight[~mask.keep()] = float("nan")
     model = convert(nn.Sequential(module), {"0": mask})
     assert torch.equal(model[0].dense_weight(), kept)
+
+
+def test_layers_that_do_more_than_multiply_are_not_converted() -> None:
+    class Adapted(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + 1
+
+    hooked = nn.Linear(16, 16)
+    hooked.register_forward_hook(lambda module, arguments, output: output * 2)
+    wrapped = nn.Linear(16, 16)
+    wrapped.forward = lambda x: x  # type: ignore[method-assign]
+    for special, what in ((Adapted(16, 16), "forward of its own"), (hooked, "forward hooks"), (wrapped, "forward of its own")):
+        with pytest.raises(ValueError, match=what):
+            convert(nn.Sequential(special), {"0": random_hard_mask((16, 16), 16)})
+    with pytest.raises(ValueError, match="pass the module that holds"):
+        convert(nn.Linear(16, 16), {"": random_hard_mask((16, 16), 16)})
+
+
+@pytest.mark.parametrize("how", ["prune", "parametrize"])
+def test_computed_weights_are_refused(how: str) -> None:
+    model = nn.Sequential(nn.Linear(16, 16))
+    if how == "prune":
+        torch.nn.utils.prune.identity(model[0], "weight")
+    else:
+        torch.nn.utils.parametrizations.weight_norm(model[0])
+    for change in (apply_masks, convert):
+        with pytest.raises(ValueError, match="'0': its weight is computed"):
+            change(model, {"0": random_hard_mask((16, 16), 16)})
+
+
+def test_from_the_meta_device() -> None:
+    mask = random_hard_mask((40, 44), 16)
+    source, x = PatchLinear(pack(torch.randn(40, 44), mask)), torch.randn(3, 44)
+    for assign in (False, True):
+        layer = PatchLinear.empty((40, 44), (16, 16), mask.tile_map.kinds, torch.float32, device="meta")
+        if not assign:
+            layer.to_empty(device="cpu")
+        layer.load_state_dict(source.state_dict(), assign=assign)
+        assert torch.equal(layer(x), source(x))
+
+
+def test_the_default_device_does_not_matter() -> None:
+    with torch.device("meta"):
+        tile_map = TileMap.full((40, 44), TileKind.SPARSE24, 16)
+        mask = HardMask.select(tile_map, torch.rand(40, 44, device="cpu"))
+        layer = PatchLinear(pack(torch.randn(40, 44, device="cpu"), mask))
+        assert layer.dense_weight().device.type == "cpu"
+    assert tile_map.sparsity == 0.5

@@ -69,3 +69,43 @@ def test_export_keeps_the_operator_and_a_dynamic_batch(tmp_path) -> None:
     torch.export.save(program, tmp_path / "layer.pt2")
     x = torch.randn(9, 44)
     torch.testing.assert_close(torch.export.load(tmp_path / "layer.pt2").module()(x), module(x))
+
+
+def test_any_bias_layout_or_a_clear_refusal() -> None:
+    module, x = layer(bias=False), torch.randn(3, 44)
+    sizes = (module.out_features, module.in_features, *module.tile_map.tile)
+    tensors = (module.values, module.indices, module.kinds, module.panel_starts)
+    for bias in (torch.randn(80)[::2], torch.randn(1).expand(40)):
+        torch.testing.assert_close(ops.linear(x, *tensors, bias, *sizes), F.linear(x, module.dense_weight(), bias))
+    for bias in (torch.randn(1), torch.randn(3, 40)):
+        with pytest.raises(RuntimeError, match=r"the bias has shape .* it must be \(40,\)"):
+            ops.linear(x, *tensors, bias, *sizes)
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 40)])
+@torch.no_grad()
+def test_a_bias_that_broadcasts_is_added_outside(shape: tuple[int, ...], fresh_compiler) -> None:
+    class Broadcast(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.b = torch.nn.Parameter(torch.randn(40, 44)), torch.nn.Parameter(torch.randn(shape))
+            self.register_buffer("mask", random_hard_mask((40, 44), 16).keep())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.linear(x, self.w * self.mask, self.b)
+
+    module, x = Broadcast(), torch.randn(3, 44)
+    fast = torch.compile(module, backend="patch", options={"kernel": "reference", "tile": 16})
+    torch.testing.assert_close(fast(x), module(x), atol=1e-5, rtol=1e-5)
+
+
+def test_gradient_of_a_single_vector() -> None:
+    module = layer().requires_grad_()
+    module(torch.randn(44)).sum().backward()
+    assert torch.equal(module.bias.grad, torch.ones(40))
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    module, x = layer(dtype=torch.float64), torch.randn(3, 44, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert module(x).dtype == F.linear(x, module.dense_weight()).dtype == torch.float64

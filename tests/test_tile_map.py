@@ -77,8 +77,10 @@ def test_bad_tile_sizes_are_refused(tile) -> None:
         ((4, -4), torch.zeros(1, 1), "positive"),
         ((64, 64), torch.zeros(1, 1), r"needs \(2, 2\)"),
         ((32, 32), torch.full((1, 1), 3), "tile kind 3"),
+        ((32, 32), torch.full((1, 1), 257), "tile kind 257"),
+        ((32, 32), torch.full((1, 1), 1.7), "tile kind 1.7"),
     ],
 )
 def test_bad_maps_are_refused(shape, kinds, message) -> None:
     with pytest.raises(ValueError, match=message):
-        TileMap(shape, (32, 32), kinds.to(torch.uint8))
+        TileMap(shape, (32, 32), kinds)
