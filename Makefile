@@ -29,7 +29,8 @@ lint: $(NEEDS_INSTALL)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-# Tests and benchmarks that need a GPU, in one go; the numbers go to benchmarks/results/.
+# Tests and benchmarks that need a GPU, in one go; the numbers go to benchmarks/results/. Most of the tests' time is
+# compilation: with pytest-xdist installed, make gpu PYTEST_ADDOPTS="-n 8" is several times faster.
 gpu: $(NEEDS_INSTALL)
 	$(RUN) -m pytest -m "gpu or not gpu" tests/gpu tests/test_reference_kernel.py tests/test_packed.py
 	$(RUN) -m benchmarks.agreement
