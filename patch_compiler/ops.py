@@ -10,14 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from codegen.kernels import reference
 
 _PACKED = "Tensor values, Tensor indices, Tensor kinds, Tensor panel_starts"
 _SIZES = "int out_features, int in_features, int tile_rows, int tile_columns"
 
-_library = torch.library.Library("patch", "DEF")
+_library = library.Library("patch", "DEF")
 _library.define(f"linear(Tensor x, {_PACKED}, Tensor? bias, {_SIZES}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 # AOTAutograd traces through a registered backward: its body has to be an opaque operator too
 _library.define(f"linear_dx(Tensor grad, {_PACKED}, {_SIZES}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
@@ -75,8 +75,8 @@ def _linear_dx_fake(grad: Tensor, *arguments: Any) -> Tensor:
 for _device in ("CPU", "CUDA"):
     _library.impl("linear", _linear, _device)
     _library.impl("linear_dx", _linear_dx, _device)
-torch.library.register_fake("patch::linear", _linear_fake, lib=_library)
-torch.library.register_fake("patch::linear_dx", _linear_dx_fake, lib=_library)
+library.register_fake("patch::linear", _linear_fake, lib=_library)
+library.register_fake("patch::linear_dx", _linear_dx_fake, lib=_library)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -91,7 +91,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return dx, None, None, None, None, db, None, None, None, None
 
 
-torch.library.register_autograd("patch::linear", _backward, setup_context=_setup_context, lib=_library)
+library.register_autograd("patch::linear", _backward, setup_context=_setup_context, lib=_library)
 
 
 def _register_autocast(device: str, key: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import library
 
 from patch_compiler import PatchLinear, ops, pack
 
@@ -27,11 +28,9 @@ def test_opcheck(requires_grad: bool) -> None:
     module = layer()
     sizes = (module.out_features, module.in_features, *module.tile_map.tile)
     x = torch.randn(2, 3, 44, requires_grad=requires_grad)
-    torch.library.opcheck(
-        ops.linear, (x, module.values, module.indices, module.kinds, module.panel_starts, module.bias, *sizes)
-    )
+    library.opcheck(ops.linear, (x, module.values, module.indices, module.kinds, module.panel_starts, module.bias, *sizes))
     grad = torch.randn(2, 3, 40)
-    torch.library.opcheck(
+    library.opcheck(
         torch.ops.patch.linear_dx.default, (grad, module.values, module.indices, module.kinds, module.panel_starts, *sizes)
     )
 
