@@ -20,14 +20,13 @@ from torch import Tensor, nn
 from transformers import CompileConfig
 
 from benchmarks.demo_model import demo_model
-from benchmarks.provenance import provenance
+from benchmarks.provenance import provenance, results_file, write_results
 from learning.calibration import calibrate
 from learning.data import token_stream, token_windows
 from learning.evaluate import padded
 from learning.models import load_model
 from learning.prune import prune
 from patch_compiler import HardMask, apply_masks, convert, explain
-from patch_compiler.atomic import atomic_file
 
 PROMPTS = ("The history of the railway begins in", "Photosynthesis is", "In 1815 the war", "The capital of France")
 SPARSITY = 0.35
@@ -111,11 +110,9 @@ def main(argv: list[str] | None = None) -> int:
     dense = copy.deepcopy(loaded.model)
     masks = prune(loaded.model, calibration=calibration, sparsity=SPARSITY, device=device, progress=False).masks
     record = measure(dense, masks, loaded.tokenizer, device, args.new_tokens)
-    name = torch.cuda.get_device_name().split()[1].lower() if gpu else "cpu"
-    output = args.output or Path(f"benchmarks/results/agreement-{name}.json")
-    facts = {"provenance": provenance("benchmarks.agreement", arguments), "model": loaded.name, "sparsity": SPARSITY}
-    with atomic_file(output) as unfinished:
-        unfinished.write_text(json.dumps(facts | record, indent=1) + "\n", encoding="utf-8")
+    output = args.output or results_file("agreement")
+    facts = provenance("benchmarks.agreement", arguments)
+    write_results(output, facts, {"model": loaded.name, "sparsity": SPARSITY} | record)
     print(f"wrote {output}")
     return 0
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import os
 import shutil
 import sys
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.demo_model import DemoModelError, demo_model
-from benchmarks.provenance import provenance
+from benchmarks.provenance import provenance, write_results
 from learning.calibration import Calibration, calibrate
 from learning.data import describe_source, token_stream, token_windows
 from learning.evaluate import generate_texts, padded, perplexity
@@ -44,7 +43,6 @@ from patch_compiler import (
     save_compressed,
     save_masks,
 )  # fmt: skip
-from patch_compiler.atomic import atomic_file
 from patch_compiler.explanation import COLUMNS
 from patch_compiler.linears import decoder_blocks, weight_of
 from patch_compiler.packed import packed_bytes
@@ -291,7 +289,6 @@ def finish(
         minutes, seconds = divmod(round(steps.total), 60)
         write_report(page, report_of(job, results, deployed, facts | {"took": f"{minutes} min {seconds} s"}))
     record = {
-        "provenance": facts,
         "model": job.source.name,
         "note": job.source.note,
         "tile": job.tile,
@@ -308,8 +305,7 @@ def finish(
     }
     for path in (numbers, args.results):
         if path is not None:
-            with atomic_file(path) as unfinished:
-                unfinished.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_results(path, facts, record)
     print(f"\n{job.source.name}, {job.protocol}\n")
     print(table(result_rows(results), RESULT_COLUMNS))
     print(f"\n{steps.total:.0f} s in all; report: {page}   numbers: {numbers}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 from patch_compiler import HardMask, PatchLinear, TileMap, pack
 from patch_compiler.text_table import table
 
-from .provenance import provenance
+from .provenance import provenance, results_file, write_results
 
 SHAPES = {"llama-2-7b o": (4096, 4096), "llama-2-7b gate+up": (22016, 4096), "smollm2 up": (1536, 576)}
 TOKENS = (1, 16, 64, 2048)
@@ -95,19 +94,18 @@ def rows() -> list[dict[str, object]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.linear", description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/linear-<gpu>.json")
-    arguments = parser.parse_args(argv)
+    args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("benchmarks.linear needs a CUDA GPU; nothing was measured", file=sys.stderr)
         return 2
-    measured = rows()
+    facts, measured = provenance("benchmarks.linear", arguments), rows()
     columns = ("layer", "tokens", "sparsity", "cublas_us", "packed_us", "speedup", "packed_gb_per_s")
     print(table([[row[c] for c in columns] for row in measured], columns))
-    gpu = torch.cuda.get_device_name().split()[1].lower()
-    output = arguments.output or Path(f"benchmarks/results/linear-{gpu}.json")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({**provenance("benchmarks.linear", argv or sys.argv[1:]), "rows": measured}, indent=1) + "\n")
+    output = args.output or results_file("linear")
+    write_results(output, facts, {"rows": measured})
     print(f"wrote {output}")
     return 0
 

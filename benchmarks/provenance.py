@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+from patch_compiler.atomic import atomic_file
 
 PACKAGES = ("torch", "triton", "transformers", "safetensors")
 
@@ -26,6 +29,19 @@ def provenance(program: str, arguments: Sequence[str]) -> dict[str, str]:
         "python": platform.python_version(),
     }
     return facts | {package: _version(package) for package in PACKAGES}
+
+
+def results_file(benchmark: str) -> Path:
+    """Where a benchmark's numbers of this machine are kept: benchmarks/results/<benchmark>-<gpu or cpu>.json."""
+    device = torch.cuda.get_device_name().split()[1].lower() if torch.cuda.is_available() else "cpu"
+    return Path("benchmarks/results") / f"{benchmark}-{device}.json"
+
+
+def write_results(path: Path, facts: Mapping[str, str], record: Mapping[str, object]) -> None:
+    """The numbers with what they were measured with; the whole file or none."""
+    with atomic_file(path) as unfinished:
+        text = json.dumps({"provenance": dict(facts), **record}, indent=1, ensure_ascii=False)
+        unfinished.write_text(text + "\n", encoding="utf-8")
 
 
 def device_name() -> str:

@@ -107,7 +107,7 @@ def _source(expression: WeightExpression, attached: HardMask | None, leaves: lis
         return mask
 
     def read_from_graph(tensors: Sequence[Tensor], weight: Tensor) -> HardMask:
-        keep = keep_mask(expression, tensors)
+        keep = keep_mask(expression, tensors, weight.shape)
         if keep is None:
             raise NotMasked("no mask of zeros and ones in its weight expression")
         try:

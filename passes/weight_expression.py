@@ -101,8 +101,8 @@ def _without_casts(node: fx.Node) -> fx.Node:
     return node
 
 
-def keep_mask(expression: WeightExpression, leaves: Sequence[Tensor]) -> Tensor | None:
-    """The explicit mask inside a masked weight expression as bool [M, K], True = kept; None if the form is not a mask.
+def keep_mask(expression: WeightExpression, leaves: Sequence[Tensor], shape: Sequence[int]) -> Tensor | None:
+    """The explicit mask inside a masked weight expression of this shape, bool [M, K], True = kept; None if it has none.
 
     Read from the mask's own values, never from `weight != 0`.
     """
@@ -117,7 +117,6 @@ def keep_mask(expression: WeightExpression, leaves: Sequence[Tensor]) -> Tensor 
             return tensor is not None and not bool(tensor.any())
         return isinstance(value, int | float) and value == 0
 
-    weight_shape = expression.function()(*leaves).shape
     keep: Tensor | None = None
     if node.target in _MULTIPLY or (node.op == "call_method" and node.target == "mul"):
         factors = [t for t in map(evaluate, _arguments(node, "input", "other")) if t is not None]
@@ -134,7 +133,7 @@ def keep_mask(expression: WeightExpression, leaves: Sequence[Tensor]) -> Tensor 
         _, chosen, value = _arguments(node, "input", "mask", "value")
         dropped = evaluate(chosen)
         keep = ~dropped.bool() if dropped is not None and is_zero(value) else None
-    return None if keep is None else keep.expand(weight_shape)
+    return None if keep is None else keep.expand(tuple(shape))
 
 
 def _arguments(node: fx.Node, *names: str) -> list[object]:

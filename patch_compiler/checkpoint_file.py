@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .container import DTYPES, Container, check_sizes, open_container, short, write
-from .packed import NIBBLE_OF_CODE, PackedWeight, sparse24_groups
+from .packed import NIBBLE_OF_CODE, PackedWeight, packed_sizes, sparse24_groups
 from .tile_map import GROUP, TileKind, TileMap
 
 FORMAT = "patch-checkpoint"
@@ -111,10 +111,10 @@ def _read_layer(file: Container, name: str, header: LayerHeader) -> dict[str, Te
     if int(kinds.max()) > max(TileKind):
         raise file.error(f"tile kind {int(kinds.max())}: kinds run from 0 to {int(max(TileKind))}", name)
     tile_map = TileMap(header.shape, header.tile, kinds)
-    groups = int(sparse24_groups(tile_map).sum())
-    indices = file.read_part(name, "indices", torch.uint8, (-(-groups // 2),))
-    values = file.read_part(name, "values", header.dtype, (int(tile_map.kept().sum()),))
-    _check_indices(file, name, indices, groups)
+    nnz, index_bytes = packed_sizes(tile_map)
+    indices = file.read_part(name, "indices", torch.uint8, (index_bytes,))
+    values = file.read_part(name, "values", header.dtype, (nnz,))
+    _check_indices(file, name, indices, int(sparse24_groups(tile_map).sum()))
     if header.shape[1] % GROUP:
         try:
             PackedWeight(tile_map, values, indices).hard_mask()  # a partial group's pattern must keep inputs that exist

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import ops
 from .hard_mask import HardMask
 from .linears import get_linears, is_conv1d, mask_of, weight_of
-from .packed import PackedWeight, pack, sparse24_groups, unpack
+from .packed import PackedWeight, pack, packed_sizes, unpack
 from .tile_map import TileMap
 
 
@@ -51,9 +51,9 @@ class PatchLinear(nn.Module):
     ) -> PatchLinear:
         """An uninitialised layer of the right sizes, to load a state dict into. kinds: uint8 [panels, columns]."""
         tile_map = TileMap(shape, tile, kinds)
-        nnz, groups = int(tile_map.kept().sum()), int(sparse24_groups(tile_map).sum())
+        nnz, index_bytes = packed_sizes(tile_map)
         values = torch.empty(nnz, dtype=dtype, device=device)
-        indices = torch.empty(-(-groups // 2), dtype=torch.uint8, device=device)
+        indices = torch.empty(index_bytes, dtype=torch.uint8, device=device)
         return cls(PackedWeight(tile_map, values, indices), torch.empty(shape[0], dtype=dtype, device=device) if bias else None)
 
     @property

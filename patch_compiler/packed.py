@@ -43,13 +43,12 @@ class PackedWeight:
     indices: Tensor
 
     def __post_init__(self) -> None:
-        nnz, groups = int(self.tile_map.kept().sum()), int(sparse24_groups(self.tile_map).sum())
+        nnz, index_bytes = packed_sizes(self.tile_map)
         if self.values.dim() != 1 or self.values.numel() != nnz:
             raise ValueError(f"packed values of shape {tuple(self.values.shape)}: {self.tile_map} keeps {nnz} weights")
-        if self.indices.dtype != torch.uint8 or tuple(self.indices.shape) != (-(-groups // 2),):
+        if self.indices.dtype != torch.uint8 or tuple(self.indices.shape) != (index_bytes,):
             raise ValueError(
-                f"packed indices {self.indices.dtype} {tuple(self.indices.shape)}: "
-                f"{self.tile_map} needs uint8 ({-(-groups // 2)},)"
+                f"packed indices {self.indices.dtype} {tuple(self.indices.shape)}: {self.tile_map} needs uint8 ({index_bytes},)"
             )
 
     @property
@@ -85,10 +84,15 @@ class PackedWeight:
         return torch.stack([kept.cumsum(0) - kept, groups.cumsum(0) - groups], 1)
 
 
+def packed_sizes(tile_map: TileMap) -> tuple[int, int]:
+    """How many values a weight keeps under this map, and how many bytes its indices take: two groups a byte."""
+    return int(tile_map.kept().sum()), -(-int(sparse24_groups(tile_map).sum()) // 2)
+
+
 def packed_bytes(tile_map: TileMap, dtype: torch.dtype) -> int:
     """Bytes of values, indices and kinds of a weight under this map; it follows from the map alone."""
-    values, groups = int(tile_map.kept().sum()), int(sparse24_groups(tile_map).sum())
-    return values * dtype.itemsize + -(-groups // 2) + tile_map.kinds.numel()
+    values, index_bytes = packed_sizes(tile_map)
+    return values * dtype.itemsize + index_bytes + tile_map.kinds.numel()
 
 
 def sparse24_groups(tile_map: TileMap) -> Tensor:
