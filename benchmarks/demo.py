@@ -95,11 +95,11 @@ class Steps:
         minutes, seconds = divmod(int(start - self.began), 60)
         print(f"\n[{minutes}:{seconds:02d}] {name}", flush=True)
         yield
-        self.seconds[name] = round(time.perf_counter() - start, 2)
+        self.seconds[name] = time.perf_counter() - start
 
     @property
     def total(self) -> float:
-        return round(time.perf_counter() - self.began, 2)
+        return time.perf_counter() - self.began
 
 
 def say(text: str) -> None:
