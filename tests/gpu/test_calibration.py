@@ -25,12 +25,13 @@ def test_peak_memory_is_about_one_block() -> None:
     windows = torch.randint(256, (16, 256))
     block = sum(p.nbytes for p in model.model.layers[0].parameters())
     activations = 2048 * 4 * 2816 * 8  # a micro-batch's largest activations, in float32 for the statistics
-    tiny = tiny_model("llama")  # the libraries' workspaces are taken once and kept: not ours to count
+    tiny = tiny_model("llama")  # what else the libraries take once and keep is not ours to count either
     prune(tiny, torch.randint(128, (4, 24)), method="sparsegpt", pattern="2:4", device="cuda", progress=False)
     for step in (
         lambda: calibrate(model, windows, device="cuda", progress=False),
         lambda: prune(model, windows, method="sparsegpt", pattern="2:4", device="cuda", progress=False),
     ):
+        torch._C._cuda_clearCublasWorkspaces()  # 32 MiB for each thread that multiplied: the library's, not ours
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -38,6 +39,7 @@ def test_peak_memory_is_about_one_block() -> None:
         hessians = 4 * (3 * 1024**2 + 2816**2) + 4 * 4 * 2816**2  # of a block, and the factorisation of the largest
         assert 2 * block + hessians + activations < 0.7 * sum(p.nbytes for p in model.parameters())  # a bound worth testing
         assert torch.cuda.max_memory_allocated() - before < 2 * block + hessians + activations
+        torch._C._cuda_clearCublasWorkspaces()
         assert torch.cuda.memory_allocated() - before < block
         assert all(p.device.type == "cpu" for p in model.parameters())
 
