@@ -1,0 +1,183 @@
+"""Emission: one specialised Triton module for each schedule, written to a cache directory and loaded from there.
+
+A kernel family (codegen/kernels/*.py) is a working module whose constants stand in one block. Emission rewrites that block
+with a schedule's values and the text of its instructions, so what is read in the cache is what runs.
+
+The file's name holds a hash of its content and of the versions; its last line a checksum, so that a damaged or foreign file
+is written again. Writing is atomic: processes may share the directory.
+
+TORCH_LOGS="codegen.emit" prints where each module is, TORCH_LOGS="+codegen.emit" its text too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import re
+import sys
+import threading
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from codegen.cache import writable_directory
+from codegen.isa import mma_sp, wgmma_sp
+from codegen.schedule import Decode
+from patch_compiler.atomic import atomic_file
+
+log = logging.getLogger(__name__)
+
+_FAMILIES = {"hopper": ("hopper_decode.py", "hopper_decode"), "stream": ("stream.py", "stream_decode")}
+_PTX_DTYPES = {"bfloat16": "bf16", "float16": "f16"}
+_BEGIN = "# --- schedule: codegen/emit.py rewrites this block ---\n"
+_END = "# --- end of schedule ---\n"
+_CHECKSUM = "# sha256 of the text above: "
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """A schedule and what of the layer its module depends on. rows: of a panel. dtype: "bfloat16" or "float16"."""
+
+    schedule: Decode
+    rows: int
+    dtype: str
+    bias: bool
+
+    def constants(self) -> dict[str, str]:
+        """The schedule block: name -> Python expression inside gl.constexpr(...)."""
+        s, dtype = self.schedule, _PTX_DTYPES[self.dtype]
+        values = {
+            "DTYPE": f"gl.{self.dtype}",
+            "ROWS": str(self.rows),
+            "TOKENS": str(s.tokens),
+            "STAGES": str(s.stages),
+            "HAS_BIAS": str(self.bias),
+        }
+        if s.family == "hopper":
+            values |= {
+                "PARTS_AT_ONCE": str(parts_at_once(s.tokens)),
+                "EARLY_START": str(s.early_start),
+                "SPARSE_PRODUCT": _text(wgmma_sp.slab_product(s.tokens, dtype)),
+                "SPARSE_OPERANDS": _text(wgmma_sp.slab_constraints(s.tokens)),
+            }
+        else:
+            values |= {
+                "STRIPS": str(stream_strips(self.rows, s.tokens)),
+                "DENSE_STEP": _text(mma_sp.dense_step(dtype)),
+                "SPARSE_STEP_0": _text(mma_sp.sparse_step(dtype, 0)),
+                "SPARSE_STEP_1": _text(mma_sp.sparse_step(dtype, 1)),
+                "DENSE_OPERANDS": _text(mma_sp.dense_constraints()),
+                "SPARSE_OPERANDS": _text(mma_sp.sparse_constraints()),
+            }
+        return values
+
+    @property
+    def warps(self) -> int:
+        return (
+            self.rows // 16
+            if self.schedule.family == "hopper"
+            else self.rows // 16 // stream_strips(self.rows, self.schedule.tokens)
+        )
+
+
+def parts_at_once(tokens: int) -> int:
+    """Parts of a panel loaded together when they are added up: what fits the registers."""
+    return max(1, min(8, 128 // tokens))
+
+
+def stream_strips(rows: int, tokens: int) -> int:
+    """Strips of 16 rows for each warp of the stream kernel."""
+    return 1
+
+
+_loaded: dict[Specialisation, Any] = {}
+_lock = threading.Lock()
+
+
+def kernel(specialisation: Specialisation, made_for: str = "") -> Any:
+    """The JIT function of a specialised module, emitted if it is not in the cache. made_for: a line for its header."""
+    found = _loaded.get(specialisation)
+    if found is None:
+        with _lock:
+            found = _loaded.get(specialisation)
+            if found is None:
+                path = emit(specialisation, made_for)
+                found = getattr(_load(path), _FAMILIES[specialisation.schedule.family][1])
+                _loaded[specialisation] = found
+    return found
+
+
+def emit(specialisation: Specialisation, made_for: str = "", directory: Path | None = None) -> Path:
+    """Write the module unless a sound copy is there; returns its path. directory: default `kernels` in the cache directory."""
+    body = source(specialisation)
+    s = specialisation.schedule
+    key = hashlib.sha256(f"{body}\n{_versions()}".encode()).hexdigest()[:16]
+    name = f"{s.family}_{specialisation.rows}r_{s.tokens}t_{s.stages}s_{key}.py"
+    path = (directory or writable_directory() / "kernels") / name
+    if not _is_sound(path, body):
+        header = f"# Emitted from codegen/kernels/{_FAMILIES[s.family][0]}, {_versions()}. Rebuilt when it does not match.\n"
+        header += f"# Schedule: {s}. First made for: {made_for or 'no layer in particular'}\n"
+        _write(path, header + body)
+        log.info("emitted %s", path)
+    else:
+        log.info("reused %s", path)
+    log.debug("%s", body)
+    return path
+
+
+def source(specialisation: Specialisation) -> str:
+    """The family's module with the schedule's constants in place of its own."""
+    family = Path(__file__).parent / "kernels" / _FAMILIES[specialisation.schedule.family][0]
+    text = family.read_text(encoding="utf-8")
+    before, rest = text.split(_BEGIN)
+    block, after = rest.split(_END)
+    for name, value in specialisation.constants().items():
+        line = re.compile(rf"^{name} = gl\.constexpr\(.*?\)(  #.*)?$", re.M)
+        found = line.findall(block)
+        if len(found) != 1:
+            raise RuntimeError(f"{family.name}: its schedule block has {len(found)} lines for {name}")
+        block = line.sub(lambda _, new=f"{name} = gl.constexpr({value}){found[0]}": new, block)  # type: ignore[misc]
+    before = re.sub(r"^from codegen\.isa import .*\n", "", before, flags=re.M)  # the text of the instructions is here now
+    return before + _BEGIN + block + _END + after
+
+
+def _text(instructions: str) -> str:
+    """A string literal that keeps its lines."""
+    return f'"""{instructions}"""' if "\n" in instructions else repr(instructions)
+
+
+def _versions() -> str:
+    try:
+        package = version("patch-compiler")
+    except PackageNotFoundError:
+        package = "from source"
+    return f"patch-compiler {package}, Triton {version('triton')}"
+
+
+def _is_sound(path: Path, body: str) -> bool:
+    """Whether the file is undamaged and holds this module under whatever header."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+    held, mark, checksum = text.rpartition(_CHECKSUM)
+    return bool(mark) and held.endswith(body) and checksum.strip() == hashlib.sha256(held.encode()).hexdigest()
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_file(path) as partial:
+        partial.write_text(f"{text}{_CHECKSUM}{hashlib.sha256(text.encode()).hexdigest()}\n", encoding="utf-8")
+
+
+def _load(path: Path) -> ModuleType:
+    name = f"patch_kernel_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # Triton reads the source of a kernel's module back
+    spec.loader.exec_module(module)
+    return module

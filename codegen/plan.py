@@ -1,0 +1,124 @@
+"""The static work plan: which CTA multiplies which slabs of a weight, decided from the tile map alone.
+
+The slabs stand in one line, panel by panel, and are cut into pieces of equal cost, one for each CTA (stream-K, Osama et
+al. 2023, with bytes for work). A cut inside a panel makes the panel's parts meet again in the partial sums. Written as one
+int32 row a CTA, so that a kernel finds everything it needs in one round trip to memory:
+
+    header    number of segments, number of stages, six unused
+    segments  panel, dense stages, sparse stages, index of this part, first part and number of parts of the panel, two unused
+    stages    slab, metadata row (-1: dense), first and second block of X
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from codegen.formats.slab_map import SlabMap
+
+HEADER = SEGMENT = 8
+STAGE = 4
+_BLOCK_BITS = 15
+
+
+@dataclass(frozen=True)
+class WorkPlan:
+    """table: int32 [ctas, row] on the CPU; stages_offset: where a row's stages begin; parts: partial sums in all."""
+
+    table: Tensor
+    stages_offset: int
+    parts: int
+    panels: int
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What one stage and the end of one segment cost, in any one unit."""
+
+    dense: float
+    sparse: float
+    segment: float
+
+
+def work_plan(slabs: SlabMap, ctas: int, cost: StageCost, *, shortest: float = 2.0) -> WorkPlan:
+    """Cut the slabs of a weight into `ctas` pieces of equal cost.
+
+    shortest: a cut that would leave less than this many stages of a panel on one side moves to the panel's edge.
+    """
+    starts = slabs.slab_start.numpy()
+    sparse = (slabs.words.numpy() >> 30) & 1
+    panels, n = len(starts) - 1, int(starts[-1])
+    costs = np.where(sparse, cost.sparse, cost.dense)
+    panel_of = np.repeat(np.arange(panels), np.diff(starts))
+    line = np.cumsum(costs) + cost.segment * (panel_of + 1) if n else np.zeros(0)
+    total = float(line[-1]) if n else 0.0
+    # a slab belongs to whoever has its middle
+    cuts = np.searchsorted(line - costs / 2, np.arange(1, ctas) * total / ctas, side="left")
+    cuts = _to_edges(cuts, starts, shortest)
+    bounds = np.concatenate([[0], cuts, [n]])
+
+    # segments: every stretch of slabs between two neighbouring edges, be they of panels or of CTAs
+    edges = np.unique(np.concatenate([starts, bounds]))
+    first, last = edges[:-1], edges[1:]
+    panel = np.searchsorted(starts, first, side="right") - 1
+    cta = np.searchsorted(bounds, first, side="right") - 1
+    dense_end = starts[panel] + slabs.dense_slabs.numpy()[panel]
+    n_dense = np.clip(np.minimum(dense_end, last) - first, 0, None)
+    empty = np.flatnonzero(np.diff(starts) == 0)  # nothing to multiply, but the bias to write
+    panel, first, last, n_dense = (
+        np.concatenate([panel, empty]),
+        np.concatenate([first, np.zeros_like(empty)]),
+        np.concatenate([last, np.zeros_like(empty)]),
+        np.concatenate([n_dense, np.zeros_like(empty)]),
+    )
+    cta = np.concatenate([cta, np.arange(len(empty)) % ctas])
+    of_panel = np.bincount(panel, minlength=panels)
+    shared = of_panel[panel] > 1
+    part = np.where(shared, np.cumsum(shared) - 1, 0)
+    first_part = np.full(panels, np.iinfo(np.int64).max)
+    np.minimum.at(first_part, panel[shared], part[shared])
+
+    # shared panels first: their parts are waiting when the last CTA arrives
+    order = np.lexsort((first, ~shared, cta))
+    per_cta = np.bincount(cta, minlength=ctas)
+    stages_per_cta = np.bincount(cta, weights=last - first, minlength=ctas).astype(np.int64)
+    most = int(per_cta.max())
+    stages_offset = HEADER + SEGMENT * most
+    row = stages_offset + STAGE * (int(stages_per_cta.max()) + _AHEAD)
+    table = np.zeros((ctas, row), dtype=np.int32)
+    table[:, 0], table[:, 1] = per_cta, stages_per_cta
+
+    position = np.arange(len(order)) - np.repeat(np.cumsum(per_cta) - per_cta, per_cta)
+    where = HEADER + SEGMENT * position
+    owner = cta[order]
+    lengths = (last - first)[order]
+    for i, column in enumerate(
+        (panel, n_dense, last - first - n_dense, part, np.where(shared, first_part[panel], 0), of_panel[panel])
+    ):
+        table[owner, where + i] = column[order]
+    slab = np.repeat(first[order] - (np.cumsum(lengths) - lengths), lengths) + np.arange(n)
+    stage_owner = np.repeat(owner, lengths)
+    stage = np.arange(n) - np.repeat(np.cumsum(stages_per_cta) - stages_per_cta, stages_per_cta)
+    at = stages_offset + STAGE * stage
+    word = slabs.words.numpy()[slab]
+    metadata_row = np.cumsum(sparse) - 1
+    table[stage_owner, at] = slab
+    table[stage_owner, at + 1] = np.where(sparse[slab] == 1, metadata_row[slab], -1)
+    table[stage_owner, at + 2] = word & ((1 << _BLOCK_BITS) - 1)
+    table[stage_owner, at + 3] = (word >> _BLOCK_BITS) & ((1 << _BLOCK_BITS) - 1)
+    return WorkPlan(torch.from_numpy(table), stages_offset, int(shared.sum()), panels)
+
+
+_AHEAD = 32  # kernels read the table up to a ring and one stage ahead of what they need
+
+
+def _to_edges(cuts: np.ndarray, starts: np.ndarray, shortest: float) -> np.ndarray:
+    """Move a cut that leaves a sliver of a panel to the nearer edge of that panel."""
+    panel = np.clip(np.searchsorted(starts, cuts, side="right") - 1, 0, len(starts) - 2)
+    before, after = cuts - starts[panel], starts[panel + 1] - cuts
+    cuts = np.where(before < shortest, starts[panel], cuts)
+    cuts = np.where((after < shortest) & (before >= shortest), starts[panel + 1], cuts)
+    return np.maximum.accumulate(cuts)

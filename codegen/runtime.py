@@ -1,0 +1,265 @@
+"""Running a weight's slabs: plans, scratch memory, launches.
+
+What a launch needs besides the data hangs on the identity of the data: `layer_of` finds it again by the storages it was made
+for, so that operators, modules and graphs share it and nothing keeps a weight alive that its owner has dropped.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from codegen import cost_model, emit, tuning
+from codegen.formats.slab_map import SlabMap, slab_map, why_not
+from codegen.formats.slabs import DTYPES, Order
+from codegen.gpu import GpuSpec, this_gpu
+from codegen.kernels.expand import block_table, expand
+from codegen.plan import WorkPlan, work_plan
+from codegen.schedule import Decode, Gemm, Problem, Schedule
+from patch_compiler.tile_map import TileMap
+
+
+def order_for(device: torch.device, dtype: torch.dtype, tile_map: TileMap) -> Order | None:
+    """In which order a weight's slabs should lie on this device; None where nothing runs slabs."""
+    if device.type != "cuda" or dtype not in DTYPES or why_not(tile_map) is not None or tile_map.shape[1] % 8:
+        return None
+    gpu = this_gpu(device.index if device.index is not None else torch.cuda.current_device())
+    if gpu.runs_hopper:
+        return "rows"
+    return "fragments" if gpu.capability >= 80 else None
+
+
+@dataclass(frozen=True)
+class _DevicePlan:
+    plan: WorkPlan
+    table: Tensor
+    ctas: int
+
+
+class Layer:
+    """The host's side of one weight: its slab map and, made on demand, a work plan for each schedule. Holds no weights."""
+
+    def __init__(self, tile_map: TileMap, dtype: torch.dtype, order: Order, device: torch.device) -> None:
+        self.tile_map, self.dtype, self.order, self.device = tile_map, dtype, order, device
+        self.map: SlabMap = slab_map(tile_map)
+        self.gpu: GpuSpec = this_gpu(device.index or 0)
+        self._plans: dict[tuple[int, Any], _DevicePlan] = {}
+        self._choices: dict[tuple[int, bool], Schedule] = {}
+        self._blocks: Tensor | None = None
+        self._lock = threading.Lock()
+
+    def problem(self, *, bias: bool = False, dense_weight: bool = False) -> Problem:
+        return Problem(self.tile_map.shape, str(self.dtype).removeprefix("torch."), self.map, dense_weight, bias)
+
+    def schedule(self, tokens: int, dense_weight: bool) -> Schedule:
+        """The tuned or predicted choice for this many tokens."""
+        found = self._choices.get((tokens, dense_weight))
+        if found is None:
+            found = tuning.pick(self.problem(dense_weight=dense_weight), self.gpu, tokens)
+            self._choices[tokens, dense_weight] = found
+        return found
+
+    def run(
+        self, y: Tensor, x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, dense: Sequence[Tensor] = (),
+        schedule: Schedule | None = None,
+    ) -> None:  # fmt: skip
+        """Write x [T, K] Wᵀ + bias [M] into y [T, M] (x and y contiguous) on the current stream.
+
+        dense: W in parts [M_i, K] if a dense copy is at hand. schedule: default the best known. Raises ValueError if it is
+        illegal here.
+        """
+        if y.numel() == 0:
+            return
+        if schedule is None:
+            schedule = self.schedule(x.shape[0], bool(dense))
+        if isinstance(schedule, Gemm):
+            first = 0
+            for weight in dense if dense and not schedule.expand else [self.dense(values, metadata)]:
+                part = slice(first, first := first + weight.shape[0])
+                if bias is None:
+                    torch.mm(x, weight.t(), out=y[:, part])
+                else:
+                    torch.addmm(bias[part], x, weight.t(), out=y[:, part])
+        elif isinstance(schedule, Decode):
+            self._launch(schedule, y, x, values, metadata, bias)
+        else:
+            raise ValueError(f"schedule {schedule}: the weight is held as slabs")
+
+    def dense(self, values: Tensor, metadata: Tensor) -> Tensor:
+        """A dense copy of W [M, K], +0.0 where nothing is kept."""
+        if self._blocks is None:
+            self._blocks = self._to_device(block_table(self.map, self.tile_map.shape[1]))
+        return expand(values, metadata, self._blocks, self.order, *self.tile_map.shape)
+
+    def _launch(self, s: Decode, y: Tensor, x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None) -> None:
+        reason = s.why_illegal(self.problem(bias=bias is not None), self.gpu)
+        if reason is not None:
+            raise ValueError(f"schedule {s}: {reason}")
+        tokens, (out_features, in_features), rows = x.shape[0], self.tile_map.shape, self.map.rows
+        tiles = -(-tokens // s.tokens)
+        placed = self._plan(s)
+        plan = placed.plan
+        what = emit.Specialisation(s, rows, str(self.dtype).removeprefix("torch."), bias is not None)
+        jit = emit.kernel(what, self._made_for())
+        partials, counters = _workspace(self.device, plan.parts * tiles * rows * s.tokens, plan.panels * tiles)
+        tail = (
+            y, y if bias is None else bias, partials, counters, placed.table, placed.table.shape[1], plan.stages_offset,
+            plan.parts, plan.panels, tokens, out_features,
+        )  # fmt: skip
+        options: dict[str, Any] = {"num_warps": what.warps}
+        if s.early_start:
+            options["launch_pdl"] = True
+        if s.ctas_per_sm > 1 and s.family == "hopper":
+            options["maxnreg"] = 80  # twelve warps twice
+        if x.data_ptr() % 16:
+            x = x.clone()
+        with torch.cuda.device(self.device):
+            if s.family == "hopper":
+                jit[placed.ctas, tiles](*_descriptors(x, values, metadata, s.tokens, rows), *tail, **options)
+            else:
+                jit[placed.ctas, tiles](x, values.view(torch.int32), metadata, *tail, in_features, **options)
+
+    def _plan(self, s: Decode) -> _DevicePlan:
+        cost = cost_model.stage_cost(s, self.map.rows, self.gpu)
+        ctas = self.gpu.sms * s.ctas_per_sm
+        found = self._plans.get((ctas, cost))
+        if found is None:
+            with self._lock:
+                found = self._plans.get((ctas, cost))
+                if found is None:
+                    plan = work_plan(self.map, ctas, cost)
+                    found = self._plans[ctas, cost] = _DevicePlan(plan, self._to_device(plan.table), ctas)
+        return found
+
+    def _to_device(self, table: Tensor) -> Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"patch: a weight of shape {self.tile_map.shape} meets this number of tokens for the first time inside a CUDA "
+                "graph capture; run the model once with these shapes before capturing it"
+            )
+        return _to_stay(lambda: table.to(self.device), self.device)
+
+    def _made_for(self) -> str:
+        m = self.map
+        return (
+            f"{self.tile_map}, {str(self.dtype).removeprefix('torch.')}: {m.slabs - m.sparse_slabs} dense and {m.sparse_slabs} "
+            f"sparse slabs in {m.panels} panels, on {self.gpu.name}"
+        )
+
+
+def _descriptors(x: Tensor, values: Tensor, metadata: Tensor, tokens: int, rows: int) -> tuple[Any, Any, Any]:
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    def describe(t: Tensor, block: list[int], swizzle: int) -> Any:
+        layout = gl.NVMMASharedLayout(swizzle, t.element_size() * 8, 2)
+        return TensorDescriptor(t, list(t.shape), list(t.stride()), block, layout)
+
+    # TMA has no empty tensors; what stands for one is never read
+    values = values.view(-1, 64) if values.numel() else values.new_zeros((rows, 64))
+    metadata = metadata.view(-1, 2 * rows) if metadata.numel() else metadata.new_zeros((2, 2 * rows))
+    return describe(x, [tokens, 64], 128), describe(values, [rows, 64], 128), describe(metadata, [2, 2 * rows], 0)
+
+
+# ---- scratch memory
+
+T = TypeVar("T")
+
+
+def _to_stay(make: Callable[[], T], device: torch.device) -> T:
+    """Make what outlives the call in a thread of its own, and wait for it.
+
+    The caller may be warming up a CUDA graph: its allocations then come from the graph's private pool, which must not hold
+    anything that the graph does not own.
+    """
+
+    def work() -> T:
+        with torch.cuda.device(device):
+            made = make()
+            torch.cuda.current_stream().synchronize()
+            return made
+
+    with ThreadPoolExecutor(1, "patch-allocation") as thread:
+        return thread.submit(work).result()
+
+
+class _Workspaces:
+    """Partial sums and counters, one pair for each stream: kernels of one stream run one after the other.
+
+    Grows by doubling; what a captured graph may still point to is never freed. Two graphs captured on the same stream share
+    a workspace, as they share cuBLAS's, and must not be replayed at the same time.
+    """
+
+    def __init__(self) -> None:
+        self._of_stream: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._kept: list[Tensor] = []
+        self._lock = threading.Lock()
+
+    def get(self, device: torch.device, floats: int, counters: int) -> tuple[Tensor, Tensor]:
+        stream = torch.cuda.current_stream(device).cuda_stream
+        index = device.index or 0
+        found = self._of_stream.get((index, stream))
+        if found is None or found[0].numel() < floats or found[1].numel() < counters:
+            with self._lock:
+                old = self._of_stream.get((index, stream))
+                if old is not None:
+                    self._kept += old
+                    floats, counters = max(floats, 2 * old[0].numel()), max(counters, 2 * old[1].numel())
+                floats, counters = max(floats, 1 << 20), max(counters, 1 << 12)
+
+                def make(floats: int = floats, counters: int = counters) -> tuple[Tensor, Tensor]:
+                    partials = torch.empty(floats, dtype=torch.float32, device=device)
+                    return partials, torch.zeros(counters, dtype=torch.int32, device=device)
+
+                # inside a capture the zeros become a node of the graph, at every replay: right, if a little slower
+                found = make() if torch.cuda.is_current_stream_capturing() else _to_stay(make, device)
+                self._of_stream[index, stream] = found
+        return found
+
+
+_workspaces = _Workspaces()
+_workspace = _workspaces.get
+
+
+# ---- which Layer belongs to these tensors
+
+
+@dataclass
+class _Entry:
+    storages: tuple[StorageWeakRef, ...]
+    version: int
+    layer: Layer
+
+
+_entries: dict[tuple[Any, ...], _Entry] = {}
+_entries_lock = threading.Lock()
+
+
+def layer_of(values: Tensor, kinds: Tensor, shape: tuple[int, int], tile: tuple[int, int], order: Order) -> Layer:
+    """The Layer of these tensors, made at first sight (which reads the kinds from the GPU).
+
+    Found by address, not by Python object: compilers hand the same memory over in new tensors. An address is used again once
+    its storage is gone, hence the look whether the storages live.
+    """
+    key = (values.data_ptr(), kinds.data_ptr(), shape, tile, order)
+    version = 0 if kinds.is_inference() else kinds._version
+    entry = _entries.get(key)
+    if entry is None or entry.version != version or any(s.expired() for s in entry.storages):
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"patch: a weight of shape {shape} runs for the first time inside a CUDA graph capture; run it before"
+            )
+        with _entries_lock:
+            for gone in [k for k, e in _entries.items() if any(s.expired() for s in e.storages)]:
+                del _entries[gone]
+            layer = Layer(TileMap(shape, tile, kinds.cpu()), values.dtype, order, values.device)
+            storages = (StorageWeakRef(values.untyped_storage()), StorageWeakRef(kinds.untyped_storage()))
+            entry = _entries[key] = _Entry(storages, version, layer)
+    return entry.layer

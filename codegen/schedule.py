@@ -1,0 +1,145 @@
+"""Schedules: everything a launch needs besides the data. Frozen, enumerable, each with one `why_illegal`.
+
+A schedule says nothing about one layer's map: the work plan (codegen/plan.py) does, and is made when a layer meets a schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from codegen.formats.slab_map import SlabMap
+from codegen.gpu import GpuSpec
+
+TOKEN_TILES = (8, 16, 32, 64, 128)
+STAGE_COUNTS = (3, 4, 5, 6, 7, 8, 10, 12, 16)
+
+
+MOST_STAGES = 31  # work plans are padded for kernels that read them this far ahead
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One linear layer as schedules and the cost model see it: no data, no names.
+
+    dtype: "bfloat16", "float16" or another torch dtype's name. dense_weight: whether a dense copy of W is in memory anyway.
+    slabs: None where the tile map has no slab form (then only the dense and the reference schedule are legal).
+    """
+
+    shape: tuple[int, int]
+    dtype: str
+    slabs: SlabMap | None
+    dense_weight: bool = False
+    bias: bool = False
+
+    @property
+    def sparsity(self) -> float:
+        """Zeros among the weights, with padding counted as the kernels see it; 0 without slabs."""
+        if self.slabs is None:
+            return 0.0
+        held = self.slabs.slabs * self.slabs.rows * 64
+        return max(0.0, 1 - held / (self.shape[0] * self.shape[1]))
+
+
+@dataclass(frozen=True)
+class Decode:
+    """A fused launch over a work plan. family "hopper": TMA and wgmma/wgmma.sp; "stream": cp.async and mma/mma.sp.
+
+    tokens: width of the token tile; more tokens take more tiles, each reads the weights again. stages: slabs in flight.
+    ctas_per_sm: programs resident on one SM. early_start: programmatic dependent launch (weights are fetched while the
+    kernel before still runs).
+    """
+
+    family: Literal["hopper", "stream"]
+    tokens: int
+    stages: int
+    ctas_per_sm: int = 1
+    early_start: bool = False
+
+    def __str__(self) -> str:
+        start = " early" if self.early_start else ""
+        return f"{self.family} {self.tokens}t x{self.stages} {self.ctas_per_sm}/SM{start}"
+
+    def stage_bytes(self, rows: int) -> int:
+        """Shared memory of one slot of the ring: a sparse slab and its metadata, two blocks of X."""
+        return rows * 128 + rows * 16 + 2 * self.tokens * 128
+
+    def shared_bytes(self, rows: int) -> int:
+        # two barriers a stage, and 1 KB that the launch itself takes from every CTA's share
+        return self.stages * (self.stage_bytes(rows) + 16) + 2048
+
+    def why_illegal(self, problem: Problem, gpu: GpuSpec) -> str | None:
+        """One sentence, or None when the schedule can run."""
+        if problem.slabs is None:
+            return "its tile map has no slab form"
+        if problem.dtype not in ("bfloat16", "float16"):
+            return f"tensor cores take bfloat16 and float16 here, the weight is {problem.dtype}"
+        if problem.shape[1] % 8:
+            return f"rows of X must start at multiples of 16 bytes, {problem.shape[1]} inputs are no multiple of 8"
+        if self.family == "hopper" and not gpu.runs_hopper:
+            return f"needs sm_90 and Triton 3.9, here is sm_{gpu.capability} and Triton {gpu.triton}"
+        if self.family == "stream" and gpu.capability < 80:
+            return f"needs sm_80, here is sm_{gpu.capability}"
+        if self.early_start and gpu.capability < 90:
+            return f"programmatic dependent launch needs sm_90, here is sm_{gpu.capability}"
+        if self.family == "stream" and (self.early_start or self.tokens > 64):
+            return "the stream kernels have no early start and no token tile above 64"
+        if self.tokens not in TOKEN_TILES or not 2 <= self.stages <= MOST_STAGES or self.ctas_per_sm < 1:
+            return f"token tiles are {TOKEN_TILES}, a ring has 2 to {MOST_STAGES} stages"
+        if self.ctas_per_sm * self.shared_bytes(problem.slabs.rows) > gpu.shared_bytes:
+            need = self.ctas_per_sm * self.shared_bytes(problem.slabs.rows)
+            return f"needs {need} bytes of shared memory on an SM, {gpu.name} has {gpu.shared_bytes}"
+        if self.ctas_per_sm > 1 and self.tokens > (16 if self.family == "hopper" else 32):
+            return f"{self.ctas_per_sm} programs on an SM leave too few registers for {self.tokens} tokens"
+        return None
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """The library's dense GEMM. expand: W is first written out of the packed form into a temporary."""
+
+    expand: bool
+
+    def __str__(self) -> str:
+        return "expand, dense GEMM" if self.expand else "dense GEMM"
+
+    def why_illegal(self, problem: Problem, gpu: GpuSpec) -> str | None:
+        if self.expand and problem.slabs is None:
+            return "its tile map has no slab form"
+        if not self.expand and not problem.dense_weight:
+            return "no dense copy of the weight is kept"
+        return None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The plain kernel over the canonical form: always legal, never fast."""
+
+    def __str__(self) -> str:
+        return "reference"
+
+    def why_illegal(self, problem: Problem, gpu: GpuSpec) -> str | None:
+        return None if problem.slabs is None else "the weight is held as slabs"
+
+
+Schedule = Decode | Gemm | Reference
+
+
+def legal_schedules(problem: Problem, gpu: GpuSpec, tokens: int) -> Iterator[Schedule]:
+    """Every schedule worth a thought for this many tokens, each of them legal."""
+    for schedule in _all_schedules(gpu, tokens):
+        if schedule.why_illegal(problem, gpu) is None:
+            yield schedule
+
+
+def _all_schedules(gpu: GpuSpec, tokens: int) -> Iterator[Schedule]:
+    yield Gemm(expand=False)
+    yield Gemm(expand=True)
+    yield Reference()
+    family: Literal["hopper", "stream"] = "hopper" if gpu.runs_hopper else "stream"
+    tiles = TOKEN_TILES if family == "hopper" else TOKEN_TILES[:-1]
+    tile = next((t for t in tiles if t >= tokens), tiles[-1])
+    for ctas_per_sm in (1, 2):
+        for stages in STAGE_COUNTS:
+            yield Decode(family, tile, stages, ctas_per_sm, early_start=family == "hopper")

@@ -1,0 +1,266 @@
+"""The table of measured choices: for which layers another schedule than the cost model's was measured to be faster.
+
+    {"format": 1, "gpu": "h100", "versions": {"patch-compiler": ..., "torch": ..., "triton": ...}, "entries": [
+        {"shape": [M, K], "dtype": "bfloat16", "rows": 128, "dense_weight": false, "sparsity": 45, "tokens": 16,
+         "schedule": {"kind": "decode", ...}, "us": 11.2, "default_us": 12.0, "noise_us": 0.1}, ...]}
+
+There is one that is shipped, codegen/tuned/<gpu key>.json, and the user's own, tuned/<gpu key>.json in the cache directory
+(PATCH_CACHE_DIR, default ~/.cache/patch_compiler), which goes first. An entry is for all layers of its shape with about that
+sparsity, in percent to the nearest 5, and for all T up to `tokens` that have no smaller entry: 1, 2, 4, 8 ...
+
+An entry stands only where it was measured to beat the default by more than the noise. A table of another package version
+is not read: the kernels may have changed.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from codegen import cost_model
+from codegen.cache import cache_directory
+from codegen.cost_model import Interval
+from codegen.formats.slab_map import SlabMap
+from codegen.gpu import GpuSpec
+from codegen.schedule import Decode, Gemm, Problem, Reference, Schedule
+from patch_compiler.atomic import atomic_file
+
+FORMAT = 1
+PACKAGE = "patch-compiler"
+_LARGEST_FILE = 2**24  # bytes
+_LEAST_GAIN = 0.01
+
+
+class TableError(ValueError):
+    """A table that cannot be used: damaged, or of another format, GPU or package version."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a choice is made for. rows: of a panel, 0 without slabs. sparsity: percent. tokens: a power of two."""
+
+    shape: tuple[int, int]
+    dtype: str
+    rows: int
+    dense_weight: bool
+    sparsity: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """us, default_us: medians of the schedule and of what the cost model would have taken; noise_us: of their difference."""
+
+    key: Key
+    schedule: Schedule
+    us: float
+    default_us: float
+    noise_us: float
+
+    @property
+    def better(self) -> bool:
+        """By more than the noise, and by more than two runs of one schedule differ."""
+        return self.us < self.default_us - max(self.noise_us, _LEAST_GAIN * self.default_us)
+
+
+Table = dict[Key, Entry]
+
+
+def key_of(problem: Problem, tokens: int) -> Key:
+    rows = problem.slabs.rows if problem.slabs is not None else 0
+    sparsity = 5 * round(problem.sparsity * 20)
+    return Key(problem.shape, problem.dtype, rows, problem.dense_weight, sparsity, 1 << (max(tokens, 1) - 1).bit_length())
+
+
+# ---- picking
+
+
+_lock = threading.RLock()
+_tables: dict[str, Table] = {}
+_picked: WeakKeyDictionary[SlabMap, dict[tuple[Any, ...], Schedule]] = WeakKeyDictionary()
+_MOST_PICKED = 8192  # of one layer
+
+
+def pick(problem: Problem, gpu: GpuSpec, tokens: int) -> Schedule:
+    """The table's choice if there is one that is legal, else the cost model's."""
+    if problem.slabs is None:
+        return _pick(problem, gpu, tokens)
+    key = (problem.shape, problem.dtype, problem.dense_weight, problem.bias, gpu, tokens)
+    picked = _picked.get(problem.slabs)
+    found = picked.get(key) if picked is not None else None
+    if found is None:
+        with _lock:
+            found = _pick(problem, gpu, tokens)
+            picked = _picked.setdefault(problem.slabs, {})
+            if len(picked) >= _MOST_PICKED:
+                picked.clear()
+            picked[key] = found
+    return found
+
+
+def _pick(problem: Problem, gpu: GpuSpec, tokens: int) -> Schedule:
+    entry = table(gpu).get(key_of(problem, tokens))
+    if entry is not None and entry.schedule.why_illegal(problem, gpu) is None:
+        return entry.schedule
+    return cost_model.choose(problem, gpu, tokens)
+
+
+def measured(problem: Problem, gpu: GpuSpec, tokens: int) -> Entry | None:
+    """The table's entry that `pick` follows, if it follows one."""
+    entry = table(gpu).get(key_of(problem, tokens))
+    return entry if entry is not None and entry.schedule.why_illegal(problem, gpu) is None else None
+
+
+def intervals(problem: Problem, gpu: GpuSpec, upto: int = 16384) -> list[Interval]:
+    """What `pick` takes for T in 1..upto, in order: the cost model's lower envelope with the table's entries over it."""
+    found: list[Interval] = []
+    end = 0  # of the entry that covers what comes
+    for interval in cost_model.envelope(problem, gpu, upto):
+        first = max(interval.first, end + 1)
+        while first <= interval.last:
+            end = key_of(problem, first).tokens
+            entry = measured(problem, gpu, first)
+            if entry is not None:
+                end = min(end, upto)
+                found.append(Interval(first, end, entry.schedule, problem, gpu, entry.us))
+            else:
+                end = min(end, interval.last)
+                joins = bool(found) and found[-1].measured is None and found[-1].schedule == interval.schedule
+                found.append(replace(interval, first=found.pop().first if joins else first, last=end))
+            first = end + 1
+    return found
+
+
+def table(gpu: GpuSpec) -> Table:
+    """The shipped table with the user's over it; read once. A file that cannot be used gives one warning."""
+    with _lock:
+        if gpu.key not in _tables:
+            entries: Table = {}
+            for path in (shipped_path(gpu), user_path(gpu)):
+                try:
+                    entries |= read(path, gpu)
+                except TableError as error:
+                    warnings.warn(f"{error}; it is ignored", stacklevel=2)
+            _tables[gpu.key] = entries
+        return _tables[gpu.key]
+
+
+def reload() -> None:
+    """Read the tables again at the next pick."""
+    with _lock:
+        _tables.clear()
+        _picked.clear()
+
+
+# ---- files
+
+
+def user_path(gpu: GpuSpec) -> Path:
+    return cache_directory() / "tuned" / f"{gpu.key}.json"
+
+
+def shipped_path(gpu: GpuSpec) -> Path:
+    return Path(__file__).parent / "tuned" / f"{gpu.key}.json"
+
+
+def read(path: Path, gpu: GpuSpec) -> Table:
+    """The entries of a file; none if there is no such file. Raises TableError naming the file and what is wrong."""
+    try:
+        if not path.exists():
+            return {}
+        if path.stat().st_size > _LARGEST_FILE:
+            raise TableError(f"{path}: more than {_LARGEST_FILE} bytes")
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["format"] != FORMAT:
+            raise TableError(f"{path}: format {document['format']!r:.20}, this release reads {FORMAT}")
+        if document["gpu"] != gpu.key:
+            raise TableError(f"{path}: measured on {document['gpu']!r:.40}, not on {gpu.key}")
+        if document["versions"][PACKAGE] != _version(PACKAGE):
+            raise TableError(
+                f"{path}: measured with {PACKAGE} {document['versions'][PACKAGE]!r:.20}; "
+                "`python -m patch_compiler.autotune` makes a new one"
+            )
+        return {entry.key: entry for entry in map(_entry, document["entries"])}
+    except TableError:
+        raise
+    except OSError as error:
+        raise TableError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise TableError(f"{path}: damaged: {type(error).__name__}: {str(error)[:100]}") from error
+
+
+def update(path: Path, gpu: GpuSpec, entries: Iterable[Entry]) -> int:
+    """Put what was measured into a file, atomically, and return how many of the entries went in: those that beat the default.
+
+    What the file said before of the same keys is dropped; a file that cannot be used is replaced. Raises OSError.
+    """
+    with _lock:
+        try:
+            old = read(path, gpu)
+        except TableError as error:
+            warnings.warn(f"{error}; it is replaced", stacklevel=2)
+            old = {}
+        new = {entry.key: entry for entry in entries}
+        kept = {key: entry for key, entry in (old | new).items() if entry.better}
+        document = {
+            "format": FORMAT,
+            "gpu": gpu.key,
+            "versions": {package: _version(package) for package in (PACKAGE, "torch", "triton")},
+            "entries": [_plain(entry) for entry in kept.values()],
+        }
+        with atomic_file(path) as unfinished:
+            unfinished.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        reload()
+    return sum(entry.better for entry in new.values())
+
+
+def _plain(entry: Entry) -> dict[str, Any]:
+    times = {name: round(getattr(entry, name), 3) for name in ("us", "default_us", "noise_us")}
+    return asdict(entry.key) | {"schedule": plain_schedule(entry.schedule)} | times
+
+
+def _entry(record: dict[str, Any]) -> Entry:
+    shape, tokens = record["shape"], record["tokens"]
+    numbers = (*shape, record["rows"], record["sparsity"], tokens)
+    if len(shape) != 2 or any(type(n) is not int or n < 0 for n in numbers) or tokens < 1 or tokens & (tokens - 1):
+        raise ValueError(f"entry for shape {shape!r:.40}, {tokens!r:.20} tokens")
+    if not isinstance(record["dtype"], str) or type(record["dense_weight"]) is not bool:
+        raise ValueError(f"entry of dtype {record['dtype']!r:.20}, dense_weight {record['dense_weight']!r:.20}")
+    key = Key((shape[0], shape[1]), record["dtype"], record["rows"], record["dense_weight"], record["sparsity"], tokens)
+    return Entry(key, read_schedule(record["schedule"]), *(float(record[n]) for n in ("us", "default_us", "noise_us")))
+
+
+_KINDS: dict[str, type[Decode] | type[Gemm] | type[Reference]] = {"decode": Decode, "gemm": Gemm, "reference": Reference}
+_TYPES: dict[str, type] = {
+    "family": str, "tokens": int, "stages": int, "ctas_per_sm": int, "early_start": bool, "expand": bool,
+}  # fmt: skip
+
+
+def plain_schedule(schedule: Schedule) -> dict[str, Any]:
+    """As JSON: its kind and its fields."""
+    return {"kind": next(name for name, kind in _KINDS.items() if type(schedule) is kind), **asdict(schedule)}
+
+
+def read_schedule(record: dict[str, Any]) -> Schedule:
+    """The inverse of `plain_schedule`. Raises KeyError, TypeError or ValueError for anything else."""
+    fields = {name: value for name, value in record.items() if name != "kind"}
+    for name, value in fields.items():
+        if type(value) is not _TYPES.get(name):
+            raise ValueError(f"schedule field {name!r:.20} = {value!r:.20}")
+    if fields.get("family", "hopper") not in ("hopper", "stream"):
+        raise ValueError(f"schedule family {fields['family']!r:.20}")
+    return _KINDS[record["kind"]](**fields)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"

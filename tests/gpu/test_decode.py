@@ -1,0 +1,192 @@
+"""The decode kernels on a real GPU: every family, token tile and panel height against float64, and what a launch promises."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from codegen.formats.slabs import Order, Slabs, to_slabs
+from codegen.gpu import this_gpu
+from codegen.runtime import Layer
+from codegen.schedule import TOKEN_TILES, Decode, Gemm, Schedule
+from patch_compiler import HardMask, TileKind, TileMap, pack
+
+from ..strategies import random_hard_mask, random_weight, relative_error, same_bits, tile_maps
+
+pytestmark = pytest.mark.gpu
+TOLERANCE = {torch.bfloat16: 2e-3, torch.float16: 3e-4}
+SHAPES = [(128, 128), (576, 576), (192, 576), (1536, 576), (1000, 1000), (64, 4096), (4096, 512)]
+
+
+def families() -> list[str]:
+    gpu = this_gpu()
+    return ["stream", *(["hopper"] if gpu.runs_hopper else [])]
+
+
+ORDER: dict[str, Order] = {"hopper": "rows", "stream": "fragments"}
+
+
+class Case:
+    """A weight on the GPU as slabs, its dense float64 self, and a call that poisons the output first."""
+
+    def __init__(self, mask: HardMask, dtype: torch.dtype, order: Order, bias: bool = True) -> None:
+        m, k = mask.tile_map.shape
+        weight = (torch.randn(m, k, device="cuda") * k**-0.5).to(dtype)
+        self.slabs: Slabs = to_slabs(pack(weight, mask), order)
+        self.weight = torch.where(mask.keep("cuda"), weight, 0).double()
+        self.bias = torch.randn(m, device="cuda").to(dtype) if bias else None
+        self.layer = Layer(mask.tile_map, dtype, order, torch.device("cuda", 0))
+        self.dtype = dtype
+
+    def x(self, tokens: int) -> Tensor:
+        return torch.randn(tokens, self.weight.shape[1], device="cuda").to(self.dtype)
+
+    def __call__(self, x: Tensor, schedule: Schedule | None = None) -> Tensor:
+        y = torch.full((x.shape[0], self.weight.shape[0]), float("nan"), device="cuda", dtype=self.dtype)
+        self.layer.run(y, x, self.slabs.values, self.slabs.metadata, self.bias, schedule=schedule)
+        return y
+
+    def error(self, x: Tensor, y: Tensor) -> float:
+        bias = None if self.bias is None else self.bias.double()
+        return relative_error(y, F.linear(x.double(), self.weight, bias))
+
+
+def schedule(family: str, tokens: int, stages: int = 4, **changes) -> Decode:
+    return Decode(family, tokens, stages, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", families())
+@pytest.mark.parametrize("tile", [(128, 128), (64, 64), (128, 64), (64, 128)])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_against_float64(family: str, tile: tuple[int, int], dtype: torch.dtype) -> None:
+    for number, shape in enumerate(SHAPES):
+        case = Case(random_hard_mask(shape, tile), dtype, ORDER[family], bias=number % 2 == 0)
+        for tokens in (1, 3, 8, 16, 31, 64, 100, 130):
+            fitting = next((t for t in TOKEN_TILES if t >= tokens), 128 if family == "hopper" else 64)
+            s = schedule(family, min(fitting, 128 if family == "hopper" else 64), 3)
+            if s.why_illegal(case.layer.problem(), this_gpu()) is not None:
+                continue
+            x = case.x(tokens)
+            assert case.error(x, case(x, s)) < TOLERANCE[dtype], (shape, tokens)
+
+
+@pytest.mark.parametrize("family", families())
+@pytest.mark.parametrize(
+    "kinds", [(TileKind.DENSE,), (TileKind.SPARSE24,), (TileKind.ZERO,), (TileKind.ZERO, TileKind.SPARSE24)]
+)
+def test_uniform_maps_and_empty_panels(family: str, kinds: tuple[TileKind, ...]) -> None:
+    grid = TileMap.grid_of((1100, 2000), (128, 128))
+    chosen = torch.tensor([int(k) for k in kinds], dtype=torch.uint8)[torch.randint(len(kinds), grid)]
+    chosen[3] = int(TileKind.ZERO)
+    tile_map = TileMap((1100, 2000), (128, 128), chosen)
+    case = Case(HardMask.select(tile_map, torch.rand(1100, 2000)), torch.bfloat16, ORDER[family])
+    x = case.x(16)
+    y = case(x, schedule(family, 16))
+    assert case.error(x, y) < 2e-3
+    assert torch.equal(y[:, 3 * 128 : 4 * 128], case.bias[3 * 128 : 4 * 128].expand(16, -1))
+
+
+@pytest.mark.parametrize("family", families())
+def test_every_schedule_gives_the_same_bits_each_time(family: str) -> None:
+    case = Case(random_hard_mask((4096, 2048), 128), torch.bfloat16, ORDER[family])
+    gpu, problem = this_gpu(), case.layer.problem()
+    tried = 0
+    for tokens in TOKEN_TILES:
+        for stages in (3, 5, 8):
+            for ctas_per_sm in (1, 2):
+                for early in (False, True):
+                    s = schedule(family, tokens, stages, ctas_per_sm=ctas_per_sm, early_start=early)
+                    if s.why_illegal(problem, gpu) is not None:
+                        continue
+                    x = case.x(tokens - tokens // 3)
+                    y = case(x, s)
+                    assert case.error(x, y) < 2e-3, s
+                    assert all(same_bits(case(x, s), y) for _ in range(4)), s
+                    tried += 1
+    assert tried > 10
+
+
+@pytest.mark.parametrize("family", families())
+def test_graphs_streams_and_shared_scratch(family: str) -> None:
+    """Two layers of different size use one workspace, in a graph and on another stream at the same time."""
+    cases = [Case(random_hard_mask(s, 128), torch.bfloat16, ORDER[family]) for s in ((4096, 1024), (640, 4096))]
+    s = schedule(family, 16)
+    xs = [c.x(13) for c in cases]
+    wanted = [c(x, s) for c, x in zip(cases, xs, strict=True)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = [c(x, s) for _ in range(3) for c, x in zip(cases, xs, strict=True)]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    for _ in range(20):
+        graph.replay()
+        with torch.cuda.stream(side):
+            beside = [c(x, s) for c, x in zip(cases, xs, strict=True)]
+        torch.cuda.synchronize()
+        assert all(same_bits(y, w) for y, w in zip(beside, wanted, strict=True))
+        assert all(same_bits(y, wanted[i % 2]) for i, y in enumerate(captured))
+    for x in xs:
+        x.normal_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(c.error(x, y) < 2e-3 for c, x, y in zip(cases, xs, captured[-2:], strict=True))
+
+
+def test_first_use_inside_a_capture_says_so() -> None:
+    case = Case(random_hard_mask((256, 256), 128), torch.bfloat16, ORDER[families()[-1]])
+    x = case.x(4)
+    y = torch.empty(4, 256, device="cuda", dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="first time inside a CUDA graph capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        case.layer.run(y, x, case.slabs.values, case.slabs.metadata, None, schedule=schedule(families()[-1], 8))
+    assert case.error(x, case(x, schedule(families()[-1], 8))) < 2e-3
+
+
+@pytest.mark.parametrize("order", get_args(Order))
+@pytest.mark.parametrize("tile", [(128, 128), (64, 64)])
+def test_expanded_weight_is_the_weight(order: Order, tile: tuple[int, int]) -> None:
+    for shape in SHAPES[1:]:
+        case = Case(random_hard_mask(shape, tile), torch.bfloat16, order)
+        dense = case.layer.dense(case.slabs.values, case.slabs.metadata)
+        assert same_bits(dense, case.weight.bfloat16())
+        x = case.x(300)
+        assert case.error(x, case(x, Gemm(expand=True))) < 2e-3
+
+
+@pytest.mark.parametrize("batch", range(8))  # one for each of several processes
+@pytest.mark.parametrize("family", families())
+@settings(max_examples=350, deadline=None)
+@given(data=st.data())
+def test_any_map_shape_and_tokens(family: str, batch: int, data: st.DataObject) -> None:
+    tile_map = data.draw(tile_maps(largest=700, tiles=((128, 128), (64, 64), (128, 64), (64, 128))))
+    m, k = tile_map.shape
+    k += -k % 8  # what TMA and cp.async need; the rest stays canonical
+    tile_map = TileMap((m, k), tile_map.tile, tile_map.kinds[:, : TileMap.grid_of((m, k), tile_map.tile)[1]])
+    seed, dtype = data.draw(st.integers(0, 2**31)), data.draw(st.sampled_from(list(TOLERANCE)))
+    tokens, tile = data.draw(st.integers(1, 70)), data.draw(st.sampled_from((8, 16, 32, 64)))
+    mask = HardMask.select(tile_map, torch.rand((m, k), generator=torch.Generator().manual_seed(seed)))
+    weight = random_weight((m, k), dtype, seed).cuda()
+    slabs = to_slabs(pack(weight, mask), ORDER[family])
+    layer = Layer(tile_map, dtype, ORDER[family], torch.device("cuda", 0))
+    x = random_weight((tokens, k), dtype, seed + 1).cuda()
+    y = torch.full((tokens, m), float("nan"), device="cuda", dtype=dtype)
+    layer.run(y, x, slabs.values, slabs.metadata, None, schedule=schedule(family, tile))
+    reference = x.double() @ torch.where(mask.keep("cuda"), weight, 0).double().T
+    # of few values each may be rounded by half a unit in the last place; of many the mean counts
+    bound = TOLERANCE[dtype] if y.numel() > 256 else 1.02 * torch.finfo(dtype).eps / 2
+    assert relative_error(y, reference) < bound
+
+
+@pytest.mark.parametrize("family", families())
+def test_padding_of_x_is_never_multiplied(family: str) -> None:
+    """Inf beside a ragged K and behind the last token must not leak into the result."""
+    case = Case(random_hard_mask((256, 200), 128), torch.bfloat16, ORDER[family])
+    storage = torch.full((6, 200), float("inf"), device="cuda", dtype=torch.bfloat16)
+    storage[1:4] = torch.randn(3, 200, device="cuda")
+    x = storage[1:4]
+    assert case.error(x, case(x, schedule(family, 8))) < 2e-3

@@ -1,0 +1,141 @@
+"""Schedules: whatever is enumerated is legal, whatever is not says why, and the shared memory it asks for is enough."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from codegen.formats.slab_map import slab_map
+from codegen.gpu import KEYS, GpuSpec, gpu_spec
+from codegen.schedule import MOST_STAGES, TOKEN_TILES, Decode, Gemm, Problem, Reference, legal_schedules
+from patch_compiler import TileKind, TileMap
+
+TRITONS = ("3.6.0", "3.9.0", "3.10.1+git0123")
+
+
+def problem(rows: int = 128, dtype: str = "bfloat16", shape: tuple[int, int] = (512, 512), **changes) -> Problem:
+    return Problem(shape, dtype, slab_map(TileMap.full(shape, TileKind.SPARSE24, (rows, 128))), **changes)
+
+
+def why(schedule: Decode, gpu: GpuSpec | None = None, **changes) -> str:
+    reason = schedule.why_illegal(problem(**changes), gpu or gpu_spec("h100", "3.9.0"))
+    assert reason is not None
+    return reason
+
+
+@pytest.mark.parametrize("triton", TRITONS)
+@pytest.mark.parametrize("key", KEYS)
+def test_everything_enumerated_is_legal(key: str, triton: str) -> None:
+    gpu = gpu_spec(key, triton)
+    family = "hopper" if gpu.capability == 90 and triton != "3.6.0" else "stream"
+    for rows in (64, 128):
+        for dtype in ("bfloat16", "float16"):
+            for dense_weight in (False, True):
+                p = problem(rows, dtype, dense_weight=dense_weight)
+                for tokens in (1, 8, 9, 33, 64, 65, 128, 1000):
+                    found = list(legal_schedules(p, gpu, tokens))
+                    assert all(s.why_illegal(p, gpu) is None for s in found)
+                    assert len(set(found)) == len(found)
+                    assert (Gemm(expand=False) in found) == dense_weight
+                    assert Gemm(expand=True) in found
+                    assert Reference() not in found
+                    decode = [s for s in found if isinstance(s, Decode)]
+                    widest = 128 if family == "hopper" else 64
+                    tile = min(next((t for t in TOKEN_TILES if t >= tokens), widest), widest)
+                    early = family == "hopper"
+                    for ctas, limit in ((1, widest), (2, 16 if early else 32)):
+                        shortest = Decode(family, tile, 3, ctas, early)
+                        fits = tile <= limit and ctas * shortest.shared_bytes(rows) <= gpu.shared_bytes
+                        assert (shortest in decode) == any(s.ctas_per_sm == ctas for s in decode) == fits
+                    assert {(s.family, s.tokens, s.early_start) for s in decode} <= {(family, tile, early)}
+                    assert all(s.ctas_per_sm * s.shared_bytes(rows) <= gpu.shared_bytes for s in decode)
+                    assert decode or gpu.shared_bytes < 100 * 1024, "only small GPUs have no room for a ring of three"
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_without_slabs_only_what_needs_none(key: str) -> None:
+    """A tile size, a dtype or a GPU without slabs: canonical form, reference kernel, or the dense copy."""
+    gpu = gpu_spec(key, "3.9.0")
+    for dense_weight in (False, True):
+        p = Problem((96, 96), "float32", None, dense_weight)
+        wanted = [Gemm(expand=False), Reference()] if dense_weight else [Reference()]
+        assert list(legal_schedules(p, gpu, 4)) == wanted
+        assert Decode("stream", 8, 4).why_illegal(p, gpu) == "its tile map has no slab form"
+        assert Gemm(expand=True).why_illegal(p, gpu) == "its tile map has no slab form"
+    assert p.sparsity == 0
+
+
+def test_float32_slabs_do_not_exist_but_other_tile_maps_do() -> None:
+    gpu = gpu_spec("a100", "3.9.0")
+    found = list(legal_schedules(problem(dtype="float32", dense_weight=True), gpu, 1))
+    assert found == [Gemm(expand=False), Gemm(expand=True)]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "changes", "gpu", "reason"),
+    [
+        (Decode("hopper", 8, 4), {"dtype": "float32"}, ("h100", "3.9.0"), "bfloat16 and float16 here, the weight is float32"),
+        (Decode("hopper", 8, 4), {"shape": (128, 516)}, ("h100", "3.9.0"), "516 inputs are no multiple of 8"),
+        (Decode("hopper", 8, 4), {}, ("h100", "3.6.0"), "needs sm_90 and Triton 3.9, here is sm_90 and Triton 3.6.0"),
+        (Decode("hopper", 8, 4), {}, ("a100", "3.9.0"), "needs sm_90 and Triton 3.9, here is sm_80"),
+        (Decode("stream", 8, 4, early_start=True), {}, ("a100", "3.9.0"), "programmatic dependent launch needs sm_90"),
+        (Decode("stream", 8, 4, early_start=True), {}, ("h100", "3.6.0"), "no early start"),
+        (Decode("stream", 128, 4), {}, ("h100", "3.9.0"), "no token tile above 64"),
+        (Decode("hopper", 24, 4), {}, ("h100", "3.9.0"), "token tiles are"),
+        (Decode("hopper", 8, 1), {}, ("h100", "3.9.0"), "a ring has 2 to"),
+        (Decode("hopper", 8, MOST_STAGES + 1), {"rows": 64}, ("h100", "3.9.0"), "a ring has 2 to"),
+        (Decode("hopper", 8, 4, 0), {}, ("h100", "3.9.0"), "token tiles are"),
+        (Decode("stream", 64, 8), {}, ("l4", "3.9.0"), r"needs \d+ bytes of shared memory on an SM, NVIDIA L4 has 101376"),
+        (Decode("hopper", 8, 8, 2), {}, ("h100", "3.9.0"), "bytes of shared memory on an SM"),
+        (Decode("hopper", 32, 3, 2), {"rows": 64}, ("h100", "3.9.0"), "2 programs on an SM leave too few registers for 32"),
+        (Decode("stream", 64, 2, 2), {"rows": 64}, ("a100", "3.9.0"), "2 programs on an SM leave too few registers for 64"),
+    ],
+)
+def test_what_is_illegal_says_why(schedule: Decode, changes: dict, gpu: tuple[str, str], reason: str) -> None:
+    assert re.search(reason, why(schedule, gpu_spec(*gpu), **changes))
+
+
+def test_stream_needs_ampere() -> None:
+    turing = GpuSpec("Turing", "t", 75, 40, 64 * 1024, 1e11, 1e12, 1e13, triton="3.9.0")
+    assert why(Decode("stream", 8, 2), turing) == "needs sm_80, here is sm_75"
+
+
+def test_gemm_and_reference() -> None:
+    gpu = gpu_spec("h100", "3.9.0")
+    assert Gemm(expand=False).why_illegal(problem(), gpu) == "no dense copy of the weight is kept"
+    assert Gemm(expand=False).why_illegal(problem(dense_weight=True), gpu) is None
+    assert Reference().why_illegal(problem(), gpu) == "the weight is held as slabs"
+
+
+@given(rows=st.sampled_from((64, 128)), tokens=st.sampled_from(TOKEN_TILES), stages=st.integers(2, MOST_STAGES))
+def test_shared_bytes_grow_with_the_ring(rows: int, tokens: int, stages: int) -> None:
+    small, large = Decode("stream", tokens, stages), Decode("stream", tokens, stages + 1)
+    assert large.shared_bytes(rows) - small.shared_bytes(rows) >= large.stage_bytes(rows)
+    assert small.stage_bytes(rows) == rows * 64 * 2 + rows * 2 * 2 * 4 + 2 * tokens * 64 * 2
+
+
+def test_sparsity_counts_what_is_held() -> None:
+    assert problem().sparsity == pytest.approx(0.5)
+    dense = Problem((512, 512), "bfloat16", slab_map(TileMap.full((512, 512), TileKind.DENSE)))
+    assert dense.sparsity == 0
+    ragged = Problem((100, 100), "bfloat16", slab_map(TileMap.full((100, 100), TileKind.DENSE)))
+    assert ragged.sparsity == 0, "more is held than there is"
+    kinds = torch.zeros(4, 4, dtype=torch.uint8)
+    assert Problem((512, 512), "bfloat16", slab_map(TileMap((512, 512), (128, 128), kinds))).sparsity == 1
+
+
+def test_gpus_by_key() -> None:
+    with pytest.raises(ValueError, match=r"unknown GPU 'h101'; known: h100, h200"):
+        gpu_spec("h101")
+    assert [gpu_spec("h100", t).runs_hopper for t in TRITONS] == [False, True, True]
+    assert not gpu_spec("l4", "3.9.0").runs_hopper
+
+
+def test_names_tell_schedules_apart() -> None:
+    gpu = gpu_spec("h100", "3.9.0")
+    found = [str(s) for tokens in TOKEN_TILES for s in legal_schedules(problem(dense_weight=True), gpu, tokens)]
+    assert len(set(found)) == len(found) - 2 * (len(TOKEN_TILES) - 1)  # the two GEMMs come with each
