@@ -7,12 +7,14 @@ from typing import Any
 
 from torch import fx
 
-from . import find_masked_linears, fold_masks, lower, pick_schedules
+from . import find_masked_linears, fold_masks, lower, merge_projections, pick_schedules, split_tile_groups
 from .context import Context, Linear, Options
 
 PASSES: tuple[Callable[[fx.Graph, Context], fx.Graph], ...] = (
     find_masked_linears.run,
     fold_masks.run,
+    merge_projections.run,
+    split_tile_groups.run,
     pick_schedules.run,
     lower.run,
 )

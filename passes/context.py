@@ -10,6 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
+from codegen.cost_model import Interval
+from codegen.formats.slab_map import SlabMap
+from patch_compiler.stored import Layout
 from patch_compiler.tile_map import DEFAULT_TILE, TileMap, normalize_tile
 
 from .masked_weight import MaskedWeight
@@ -59,8 +62,32 @@ class Linear:
     shape: tuple[int, int] = (0, 0)
     dtype: torch.dtype | None = None
     tile_map: TileMap | None = None
+    layout: Layout = "canonical"  # of its packed form
+    slabs: SlabMap | None = None  # its tiles in groups, where a GPU kernel reads them so
+    merged: Merged | None = None  # with the projections that share its input
+    schedules: list[Interval] = field(default_factory=list)  # by number of tokens
     runs: Runs = "unchanged"
     reason: str = ""
+
+    @property
+    def input(self) -> fx.Node | None:
+        """The node of x; of an F.linear or a patch::linear."""
+        first = self.node.args[0] if self.node.args else self.node.kwargs.get("input")
+        return first if isinstance(first, fx.Node) else None
+
+
+@dataclass(eq=False)
+class Merged:
+    """Projections of one input that become one launch, in the order of their outputs."""
+
+    members: list[Linear]
+
+    @property
+    def tile_map(self) -> TileMap:
+        """The members' maps one below the other."""
+        maps = [m.tile_map for m in self.members if m.tile_map is not None]
+        out_features = sum(m.shape[0] for m in maps)
+        return TileMap((out_features, maps[0].shape[1]), maps[0].tile, torch.cat([m.kinds for m in maps]))
 
 
 @dataclass
@@ -79,3 +106,10 @@ class Context:
 
     def leaf_tensors(self, linear: Linear) -> list[Tensor]:
         return [self.values[n] for n in linear.leaves]
+
+    def device(self, linear: Linear) -> torch.device | None:
+        """Where its weight is; None if that is not known."""
+        if linear.source is not None:
+            return linear.source.device
+        tensors = [self.values[n] for n in linear.leaves if isinstance(self.values.get(n), Tensor)]
+        return tensors[0].device if tensors else None

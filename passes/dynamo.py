@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import LocalSource
 from torch._guards import TracingContext
+
+
+MOVED = "patch_moved"  # in the meta of a placeholder: its tensor lies elsewhere than when Dynamo looked at it
+
+
+def inputs_as_traced(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Any]:
+    """The example inputs, with Dynamo's fake tensor for what moved since: AOTAutograd compares the storage offset."""
+    placeholders = (n for n in graph_module.graph.nodes if n.op == "placeholder")
+    return [
+        node.meta["example_value"] if MOVED in node.meta else value
+        for node, value in zip(placeholders, example_inputs, strict=True)
+    ]
 
 
 def is_static(node: fx.Node) -> bool:

@@ -53,10 +53,10 @@ def _packed_linear(node: fx.Node, context: Context) -> Linear:
     values, kinds = node.args[1], node.args[3]
     named = [values] if isinstance(values, fx.Node) else []
     linear = Linear(node, _layer_name(named, node), runs="packed", reason="PatchLinear")
-    if not all(isinstance(size, int) for size in node.args[6:10]):
+    if not all(isinstance(size, int) for size in node.args[8:12]):
         linear.reason = "PatchLinear of symbolic size"
         return linear
-    out_features, in_features, rows, columns = (int(a) for a in node.args[6:10])  # type: ignore[arg-type]
+    out_features, in_features, rows, columns = (int(a) for a in node.args[8:12])  # type: ignore[arg-type]
     linear.shape = (out_features, in_features)
     known = context.values.get(kinds) if isinstance(kinds, fx.Node) else None
     if known is not None and is_plain_tensor(known):

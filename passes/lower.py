@@ -6,54 +6,134 @@ import operator
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import Tensor, fx
 
-from .context import Context, Linear
-from .dynamo import add_buffer, guard_identity
+from patch_compiler.stored import StoredWeight, merge
+
+from .context import Context, Linear, Merged
+from .dynamo import MOVED, add_buffer, guard_identity
+from .pick_schedules import keeps_dense
 
 
 def run(graph: fx.Graph, context: Context) -> fx.Graph:
+    done: set[int] = set()
+    for number, linear in enumerate(context.linears):  # first, so that a weight used alone as well is found in its place
+        if linear.merged is not None and id(linear.merged) not in done:
+            done.add(id(linear.merged))
+            _merge(linear.merged, number, context)
     for number, linear in enumerate(context.linears):
-        if linear.source is None or linear.runs == "unchanged":
+        if linear.merged is not None or linear.source is None or linear.runs == "unchanged":
             continue
         with graph.inserting_before(linear.node):
             replacement = _packed(linear, number, context) if linear.runs == "packed" else _folded(linear, number, context)
-        replacement.meta = dict(linear.node.meta)
-        linear.node.replace_all_uses_with(replacement)
-        _erase_dead(graph, linear.node)
-        linear.node = replacement
-        for leaf in linear.leaves:
-            guard_identity(leaf)
+        _replace(linear, replacement, graph)
     return graph
 
 
+def _replace(linear: Linear, replacement: fx.Node, graph: fx.Graph) -> None:
+    replacement.meta = dict(linear.node.meta)
+    linear.node.replace_all_uses_with(replacement)
+    _erase_dead(graph, linear.node)
+    linear.node = replacement
+    for leaf in linear.leaves:
+        guard_identity(leaf)
+
+
 def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """x and the bias, of an F.linear or a patch::linear."""
+    if node.target is torch.ops.patch.linear.default:
+        return node.args[0], node.args[5]  # type: ignore[return-value]
     arguments = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | dict(node.kwargs)
     return arguments["input"], arguments.get("bias")  # type: ignore[return-value]
 
 
-def _packed(linear: Linear, number: int, context: Context) -> fx.Node:
-    assert linear.source is not None
-    assert linear.tile_map is not None
-    x, bias = _operands(linear.node)
-    tensors = linear.source.packed(context.leaf_tensors(linear))
+def _call(
+    x: fx.Node, stored: StoredWeight, bias: fx.Node | None, dense: list[fx.Node], number: int, context: Context
+) -> fx.Node:
     buffers = [
         add_buffer(context.graph_module, f"patch_{number}_{name}", tensor)
-        for name, tensor in zip(("values", "indices", "kinds", "panel_starts"), tensors, strict=True)
+        for name, tensor in zip(("values", "indices", "kinds", "panel_starts"), stored.tensors, strict=True)
     ]
-    sizes = (*linear.tile_map.shape, *linear.tile_map.tile)
-    graph = context.graph_module.graph
+    sizes = (stored.layout, *stored.tile_map.shape, *stored.tile_map.tile)
+    return context.graph_module.graph.call_function(torch.ops.patch.linear.default, (x, *buffers, bias, dense, *sizes))
+
+
+def _packed(linear: Linear, number: int, context: Context) -> fx.Node:
+    assert linear.source is not None
+    x, bias = _operands(linear.node)
+    stored = linear.source.stored(context.leaf_tensors(linear), linear.layout)
     inside = bias if bias is not None and _is_vector(bias, linear.shape[0]) else None  # F.linear adds whatever broadcasts
-    replacement = graph.call_function(torch.ops.patch.linear.default, (x, *buffers, inside, *sizes))
+    replacement = _call(x, stored, inside, _dense([linear]), number, context)
     if bias is None or inside is not None:
         return replacement
     replacement.meta = {k: v for k, v in linear.node.meta.items() if k != "example_value"}
-    return graph.call_function(operator.add, (replacement, bias))
+    return context.graph_module.graph.call_function(operator.add, (replacement, bias))
+
+
+def _dense(linears: list[Linear]) -> list[fx.Node]:
+    """The dense weights, where the model keeps all of them anyway."""
+    kept = all(keeps_dense(linear) and linear.layout != "canonical" for linear in linears)
+    return [linear.leaves[0] for linear in linears] if kept else []
 
 
 def _is_vector(bias: fx.Node, length: int) -> bool:
     example = bias.meta.get("example_value")
     return isinstance(example, torch.Tensor) and tuple(example.shape) == (length,)
+
+
+def _is_inside(bias: fx.Node, length: int) -> bool:
+    """Whether a bias can be one member's part of a merged one: a vector that is there before the first member runs."""
+    return bias.op in ("placeholder", "get_attr") and _is_vector(bias, length)
+
+
+def _merge(merged: Merged, number: int, context: Context) -> None:
+    """One patch::linear for all members, its output split again. The members' weights become views of the merged one."""
+    graph, members = context.graph_module.graph, merged.members
+    whole, views = merge([_stored(m, context) for m in members])
+    for member, view in zip(members, views, strict=True):
+        if member.source is not None:
+            member.source.moved(view)
+        else:
+            for node, tensor in zip(member.node.args[1:5], view.tensors, strict=True):
+                buffer = context.values[node]  # type: ignore[index]
+                buffer.data = tensor
+                node.meta[MOVED] = True  # type: ignore[union-attr]
+    first = min(members, key=lambda m: list(graph.nodes).index(m.node))
+    operands = [_operands(m.node) for m in members]
+    sizes = [m.shape[0] for m in members]
+    with graph.inserting_before(first.node):
+        outside = [bias is not None and not _is_inside(bias, size) for (_, bias), size in zip(operands, sizes, strict=True)]
+        y = _call(operands[0][0], whole, _biases(merged, outside, graph), _dense(members), number, context)
+        y.meta = {k: v for k, v in first.node.meta.items() if k != "example_value"}
+        parts = graph.call_function(torch.split, (y, sizes, -1))
+    for i, (member, (_, bias)) in enumerate(zip(members, operands, strict=True)):
+        with graph.inserting_before(member.node):
+            # a linear's output is contiguous, and what follows was traced with that
+            part = graph.call_method("contiguous", (graph.call_function(operator.getitem, (parts, i)),))
+            if outside[i]:
+                part = graph.call_function(operator.add, (part, bias))
+        _replace(member, part, graph)
+
+
+def _stored(linear: Linear, context: Context) -> StoredWeight:
+    if linear.source is not None:
+        return linear.source.stored(context.leaf_tensors(linear), linear.layout)
+    assert linear.tile_map is not None
+    tensors: list[Tensor] = [context.values[n] for n in linear.node.args[1:5]]  # type: ignore[index]
+    return StoredWeight(linear.tile_map, linear.layout, *tensors)
+
+
+def _biases(merged: Merged, outside: list[bool], graph: fx.Graph) -> fx.Node | None:
+    """The members' biases one after the other; None where none has one."""
+    biases = [None if out else _operands(m.node)[1] for m, out in zip(merged.members, outside, strict=True)]
+    present = next((b for b in biases if b is not None), None)
+    if present is None:
+        return None
+    parts = [
+        b if b is not None else graph.call_method("new_zeros", (present, (m.shape[0],)))
+        for b, m in zip(biases, merged.members, strict=True)
+    ]
+    return graph.call_function(torch.cat, (parts,))
 
 
 def _folded(linear: Linear, number: int, context: Context) -> fx.Node:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from patch_compiler.hard_mask import HardMask
 from patch_compiler.masks import apply_mask
-from patch_compiler.packed import pack
+from patch_compiler.packed import pack, packed_sizes
+from patch_compiler.stored import Layout, StoredWeight, store
 
 Stamp = tuple[tuple[int, int, int], ...]
 
@@ -53,7 +55,7 @@ class MaskedWeight:
     ) -> None:
         self._weight, self._read_mask = weight, read_mask
         self._leaves = [weakref.ref(t) for t in leaves]
-        self._packed: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self._stored: dict[Layout, StoredWeight] = {}
         self._folded: Tensor | None = None
         self._storages: list[StorageWeakRef] = []
         self.stamp: Stamp = ()  # stale
@@ -78,12 +80,20 @@ class MaskedWeight:
         tensors = [t for r in self._leaves if (t := r()) is not None]
         return tensors if len(tensors) == len(self._leaves) else None
 
-    def packed(self, leaves: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """values, indices, kinds, panel_starts on the weight's device; made once."""
+    def stored(self, leaves: Sequence[Tensor], layout: Layout) -> StoredWeight:
+        """The packed weight in a layout, on the weight's device; made once."""
         assert self.mask is not None, "only a weight with a hard mask can be packed"
-        if self._packed is None:
-            self._packed = _pack(self._evaluate(leaves), self.mask)
-        return self._packed
+        if layout not in self._stored:
+            self._stored[layout] = store(pack(self._evaluate(leaves), self.mask), layout)
+        return self._stored[layout]
+
+    def held(self, layout: Layout) -> StoredWeight | None:
+        """The packed weight in a layout if a graph has asked for it."""
+        return self._stored.get(layout)
+
+    def moved(self, stored: StoredWeight) -> None:
+        """The same weight lies elsewhere from now on: as a part of a merged one."""
+        self._stored[stored.layout] = stored
 
     def folded(self, leaves: Sequence[Tensor]) -> Tensor:
         """The effective dense weight, masked places +0.0 where there is a hard mask; made once."""
@@ -117,17 +127,16 @@ class MaskedWeight:
         if (tuple(weight.shape), weight.dtype, weight.device) != (self.shape, self.dtype, self.device):
             return False
         mask, is_masked, why = self._find_mask(leaves, weight)
-        copies: list[tuple[Tensor, Tensor]] = []
-        if self._packed is not None:
-            if mask is None:
+        fresh: list[tuple[StoredWeight, StoredWeight]] = []
+        for layout, held in self._stored.items():
+            if mask is None or not _fits(held, mask):
                 return False
-            copies += zip(self._packed, _pack(weight, mask), strict=True)
+            fresh.append((held, store(pack(weight, mask), layout)))
         if self._folded is not None:
-            copies.append((self._folded, _fold(weight, mask)))
-        if any(old.shape != new.shape for old, new in copies):
-            return False
-        for old, new in copies:
-            old.copy_(new)
+            self._folded.copy_(_fold(weight, mask))
+        for held, new in fresh:
+            held.overwrite(new)
+            self._stored[held.layout] = replace(held, tile_map=new.tile_map)
         self.mask, self.is_masked, self.no_mask_because = mask, is_masked, why
         return True
 
@@ -143,11 +152,12 @@ class MaskedWeight:
             return None, not isinstance(error, NotMasked), str(error)
 
 
-def _pack(weight: Tensor, mask: HardMask) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    packed = pack(weight, mask)
-    # copies: a refresh writes into these tensors, and the map belongs to the user
-    kinds = packed.tile_map.kinds.to(weight.device, copy=True)
-    return packed.values, packed.indices, kinds, packed.panel_starts().to(weight.device)
+def _fits(held: StoredWeight, mask: HardMask) -> bool:
+    """Whether a new mask's weight can be written over an old one: canonical needs its sizes, slabs the same map."""
+    if held.layout != "canonical":
+        return torch.equal(mask.tile_map.kinds, held.tile_map.kinds)
+    same_grid = mask.tile_map.kinds.shape == held.kinds.shape
+    return same_grid and packed_sizes(mask.tile_map) == (held.values.numel(), held.indices.numel())
 
 
 def _fold(weight: Tensor, mask: HardMask | None) -> Tensor:

@@ -1,13 +1,14 @@
-"""Decide what each masked linear runs.
-
-Today there is one packed kernel, the reference kernel, and no schedule to choose: packed on CUDA, on the CPU a dense
-GEMM over the weight folded once, because decompressing at every call is slower there.
-"""
+"""Decide what each masked linear runs, and for slabs at which number of tokens."""
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
+from codegen import tuning
+from codegen.formats.slab_map import SlabMap, slab_map
+from codegen.gpu import this_gpu
+from codegen.schedule import Problem
 from patch_compiler.tile_map import TileKind
 
 from .context import Context, Linear, Runs
@@ -17,7 +18,14 @@ def run(graph: fx.Graph, context: Context) -> fx.Graph:
     for linear in context.linears:
         if linear.source is not None:
             linear.runs, linear.reason = _decide(linear, context)
+        if linear.runs == "packed" and linear.slabs is not None:
+            _schedule(linear, context)
     return graph
+
+
+def keeps_dense(linear: Linear) -> bool:
+    """Whether the model keeps a dense masked weight anyway: a bare parameter that carries a map, not `w * mask`."""
+    return linear.source is not None and not linear.in_graph
 
 
 def _decide(linear: Linear, context: Context) -> tuple[Runs, str]:
@@ -30,6 +38,32 @@ def _decide(linear: Linear, context: Context) -> tuple[Runs, str]:
         return dense, "every tile is dense"
     if kernel == "dense":
         return dense, "option kernel='dense'"
-    if kernel == "auto" and device != "cuda":
+    if kernel == "auto" and linear.layout == "canonical":
+        if device == "cuda":
+            return dense, "only the reference kernel could run it here, and a dense GEMM is faster"
         return dense, f"on {device} a dense GEMM on the masked weight is faster than decompressing it at every call"
     return "packed", "its mask was found in the graph" if linear.in_graph else "its weight carries a tile map"
+
+
+def _schedule(linear: Linear, context: Context) -> None:
+    """Intervals of T and what runs in each; the members of a merged launch share them."""
+    assert linear.tile_map is not None
+    assert linear.slabs is not None
+    device = context.device(linear)
+    assert device is not None
+    tile_map, slabs, keeps = linear.tile_map, linear.slabs, keeps_dense(linear)
+    if linear.merged is not None:
+        first = linear.merged.members[0]
+        others = ", ".join(m.name.rpartition(".")[2] for m in linear.merged.members if m is not linear)
+        linear.reason += f"; one launch with {others}"
+        if first is not linear:
+            linear.schedules = first.schedules
+            return
+        tile_map = linear.merged.tile_map
+        slabs, keeps = slab_map(tile_map), all(map(keeps_dense, linear.merged.members))
+    problem = _problem(tile_map.shape, linear.dtype, slabs, keeps)
+    linear.schedules = tuning.intervals(problem, this_gpu(device.index or 0))
+
+
+def _problem(shape: tuple[int, int], dtype: torch.dtype | None, slabs: SlabMap, dense_weight: bool) -> Problem:
+    return Problem(shape, str(dtype).removeprefix("torch."), slabs, dense_weight)

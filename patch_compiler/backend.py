@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from passes import Linear, Options, run_passes
+from passes.dynamo import inputs_as_traced
 from passes.masked_weight import MaskedWeight, refresh_all
 
 from . import explanation, ops
@@ -84,7 +85,8 @@ def patch_backend(
         graph_module, linears = original, []
     _record(linears, graph_module, example_inputs)
     watched = _watched(linears, graph_module)  # before compile_fx, which owns the graph from then on
-    compiled = cast(Callable[..., Any], compile_fx(graph_module, example_inputs, config_patches=patches))
+    inputs = inputs_as_traced(graph_module, example_inputs)
+    compiled = cast(Callable[..., Any], compile_fx(graph_module, inputs, config_patches=patches))
     return _checked(compiled, original, watched, ours) if watched else compiled
 
 
@@ -162,8 +164,21 @@ def _site(linear: Linear, tensors: Sequence[Tensor]) -> explanation.Site:
         runs = f"{explanation.DENSE}, mask folded once"
     elif linear.runs == "packed" and linear.tile_map is not None:
         device = linear.source.device if linear.source is not None else tensors[0].device if tensors else torch.device("cpu")
-        runs = explanation.TRITON if ops.uses_triton(device, dtype) else explanation.TORCH
-        held = packed_bytes(linear.tile_map, dtype)
+        if linear.slabs is not None:
+            runs, held = explanation.HYBRID, linear.slabs.nbytes(dtype)
+        else:
+            runs = explanation.TRITON if ops.uses_triton(device, dtype) else explanation.TORCH
+            held = packed_bytes(linear.tile_map, dtype)
     dense_bytes = explanation.weight_bytes(linear.shape, dtype)
     name = str(dtype).removeprefix("torch.")
-    return explanation.Site(linear.name, linear.shape, name, linear.tile_map, runs, linear.reason, dense_bytes, held)
+    return explanation.Site(
+        linear.name,
+        linear.shape,
+        name,
+        linear.tile_map,
+        runs,
+        linear.reason,
+        dense_bytes,
+        held,
+        tuple(str(i) for i in linear.schedules),
+    )

@@ -17,6 +17,7 @@ from .text_table import table
 from .tile_map import TileKind, TileMap
 
 TRITON, TORCH, DENSE = "triton reference kernel", "torch reference kernel", "dense GEMM"
+HYBRID = "hybrid kernels"  # of codegen, by number of tokens
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Site:
     reason: str
     dense_bytes: int
     packed_bytes: int | None = None
+    schedules: tuple[str, ...] = ()  # "T 1 - 16: hopper 16t x6 1/SM early, 12.3 us", by number of tokens
 
     def row(self) -> tuple[str, str, str, str, int, str]:
         """The cells of COLUMNS."""
@@ -38,7 +40,8 @@ class Site:
         if self.tile_map is not None:
             kinds = "/".join(str(self.tile_map.count(k)) for k in (TileKind.DENSE, TileKind.SPARSE24, TileKind.ZERO))
         held = self.packed_bytes if self.packed_bytes is not None else self.dense_bytes
-        return self.name, f"{self.shape[0]}x{self.shape[1]}", kinds, self.runs, held, self.reason
+        why = "; ".join((self.reason, *self.schedules))
+        return self.name, f"{self.shape[0]}x{self.shape[1]}", kinds, self.runs, held, why
 
 
 COLUMNS = ("layer", "shape", "dense/2:4/zero tiles", "runs", "weight bytes", "why")
@@ -130,11 +133,18 @@ def _own_tensors(module: nn.Module) -> list[Tensor]:
 
 
 def _eager_packed(name: str, module: PatchLinear) -> Site:
-    kernel = TRITON if uses_triton(module.values.device, module.values.dtype) else TORCH
     return Site(
-        name, module.tile_map.shape, str(module.values.dtype).removeprefix("torch."), module.tile_map, kernel,
-        "PatchLinear, not compiled", weight_bytes(module.tile_map.shape, module.values.dtype), module.packed.nbytes,
+        name, module.tile_map.shape, str(module.values.dtype).removeprefix("torch."), module.tile_map,
+        packed_kernel(module.layout, module.values), "PatchLinear, not compiled",
+        weight_bytes(module.tile_map.shape, module.values.dtype), module.stored.nbytes,
     )  # fmt: skip
+
+
+def packed_kernel(layout: str, values: Tensor) -> str:
+    """What runs a packed weight."""
+    if layout != "canonical":
+        return HYBRID
+    return TRITON if uses_triton(values.device, values.dtype) else TORCH
 
 
 def _eager_dense(name: str, module: nn.Module) -> Site:

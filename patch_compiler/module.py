@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,14 +12,16 @@ from . import ops
 from .hard_mask import HardMask
 from .linears import get_linears, is_conv1d, mask_of, weight_of
 from .packed import PackedWeight, pack, packed_sizes, unpack
+from .stored import StoredWeight, layout_for, store
 from .tile_map import TileMap
 
 
 class PatchLinear(nn.Module):
-    """y = x Wᵀ + bias with W packed (`patch_compiler.packed`). x: [..., K], y: [..., M], both of the values' dtype.
+    """y = x Wᵀ + bias with W packed. x: [..., K], y: [..., M], both of the values' dtype.
 
-    Buffers `values`, `indices`, `kinds` are the packed weight and go into the state dict; the weight is not trainable,
-    gradients reach x and bias. `tile_map` (on the CPU) is what `kinds` says.
+    Buffers are a StoredWeight in the layout that suits the device they are on; moving the module changes it. The state dict
+    always holds the canonical form (`values`, `indices`, `kinds`). The weight is not trainable, gradients reach x and bias.
+    `tile_map` (on the CPU) is what `kinds` says.
     """
 
     values: Tensor
@@ -31,12 +33,13 @@ class PatchLinear(nn.Module):
         super().__init__()
         self.tile_map = packed.tile_map
         self.out_features, self.in_features = self.tile_map.shape
-        device = packed.values.device
-        self.register_buffer("values", packed.values)
-        self.register_buffer("indices", packed.indices)
-        self.register_buffer("kinds", self.tile_map.kinds.to(device, copy=True))
-        self.register_buffer("panel_starts", packed.panel_starts().to(device), persistent=False)
+        self._hold(store(packed))
         self.bias = None if bias is None else bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+
+    def _hold(self, stored: StoredWeight) -> None:
+        self.layout = stored.layout
+        for name in ("values", "indices", "kinds", "panel_starts"):
+            self.register_buffer(name, getattr(stored, name), persistent=name != "panel_starts")
 
     @classmethod
     def empty(
@@ -49,16 +52,22 @@ class PatchLinear(nn.Module):
         bias: bool = False,
         device: torch.device | str = "cpu",
     ) -> PatchLinear:
-        """An uninitialised layer of the right sizes, to load a state dict into. kinds: uint8 [panels, columns]."""
+        """A layer of the right sizes, all kept weights 0, to load a state dict into. kinds: uint8 [panels, columns]."""
         tile_map = TileMap(shape, tile, kinds)
         nnz, index_bytes = packed_sizes(tile_map)
-        values = torch.empty(nnz, dtype=dtype, device=device)
-        indices = torch.empty(index_bytes, dtype=torch.uint8, device=device)
+        values = torch.zeros(nnz, dtype=dtype, device=device)
+        # positions 0 and 1 in every group: slabs take no group without a pattern
+        indices = torch.full((index_bytes,), 0x44, dtype=torch.uint8, device=device)
         return cls(PackedWeight(tile_map, values, indices), torch.empty(shape[0], dtype=dtype, device=device) if bias else None)
 
     @property
+    def stored(self) -> StoredWeight:
+        return StoredWeight(self.tile_map, self.layout, self.values, self.indices, self.kinds, self.panel_starts)
+
+    @property
     def packed(self) -> PackedWeight:
-        return PackedWeight(self.tile_map, self.values, self.indices)
+        """The canonical form, on the layer's device."""
+        return self.stored.packed()
 
     def dense_weight(self) -> Tensor:
         """A dense copy [M, K] with +0.0 in the masked places."""
@@ -66,12 +75,31 @@ class PatchLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(
-            x, self.values, self.indices, self.kinds, self.panel_starts, self.bias,
-            self.out_features, self.in_features, *self.tile_map.tile,
+            x, self.values, self.indices, self.kinds, self.panel_starts, self.bias, [],
+            self.layout, self.out_features, self.in_features, *self.tile_map.tile,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.tile_map}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PatchLinear:
+        """Module.to() and its kin. Slabs are of one GPU generation and of two dtypes: elsewhere the layer is canonical."""
+        before, was_meta = self.layout, self.values.is_meta
+        goes_to = fn(self.values.new_empty(1))
+        wanted = "canonical" if goes_to.is_meta else layout_for(goes_to.device, goes_to.dtype, self.tile_map)
+        if before != "canonical" and wanted != before:
+            self._hold(store(self.packed, "canonical"))
+        super()._apply(fn, recurse)
+        # to_empty() of a meta layer: there is nothing in it before a state dict is loaded
+        if not self.values.is_meta and not was_meta and wanted != self.layout:
+            self._hold(store(self.packed, wanted))
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.layout != "canonical":
+            packed = self.packed
+            destination[prefix + "values"], destination[prefix + "indices"] = packed.values, packed.indices
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         kinds = state_dict.get(prefix + "kinds")
@@ -79,9 +107,26 @@ class PatchLinear(nn.Module):
             # sizes could agree by chance and the values would land in the wrong tiles
             args[-1].append(f"{prefix}kinds: the state dict has another tile map than this layer ({self.tile_map})")
             return
+        held, errors = self.stored, args[-1]
+        if held.layout != "canonical":
+            self._hold(store(self.packed, "canonical"))
+        known = len(errors)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        # not in the state dict, and lost when the layer came from the meta device
-        self.panel_starts = self.packed.panel_starts().to(self.values.device)
+        wanted = "canonical" if self.values.is_meta else layout_for(self.values.device, self.values.dtype, self.tile_map)
+        if wanted == "canonical":
+            # not in the state dict, and lost when the layer came from the meta device
+            self.panel_starts = self.packed.panel_starts().to(self.values.device)
+            return
+        fresh = held
+        if len(errors) == known:
+            try:
+                fresh = store(self.packed, wanted)
+            except ValueError as error:
+                errors.append(f"{prefix}indices: {error}")
+        if fresh is not held and held.fits(fresh):
+            held.overwrite(fresh)
+            fresh = held
+        self._hold(fresh)
 
 
 def _check_plain(name: str, module: nn.Module) -> None:

@@ -1,24 +1,30 @@
 """The one opaque operator, `patch::linear`: registration, fake kernel, autograd, autocast.
 
-Library.define/impl rather than @custom_op: two to three times cheaper per call. The kernel is chosen by device and
-dtype at run time, so one dynamic graph serves every number of tokens. Change the operator's name when the meaning of
-a packed tensor changes: compile caches know an operator only by name and schema.
+Library.define/impl rather than @custom_op: two to three times cheaper per call. The four tensors are a StoredWeight in the
+given layout; dense is W itself, in one or more parts, where a dense copy is kept. What runs is chosen by layout and number
+of tokens at run time, so one dynamic graph serves them all. Change the operator's name when the meaning of a tensor
+changes: compile caches know an operator only by name and schema.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, library
 
+from codegen import runtime
+from codegen.formats.slabs import Order
 from codegen.kernels import reference
 
 _PACKED = "Tensor values, Tensor indices, Tensor kinds, Tensor panel_starts"
-_SIZES = "int out_features, int in_features, int tile_rows, int tile_columns"
+_SIZES = "str layout, int out_features, int in_features, int tile_rows, int tile_columns"
 
 _library = library.Library("patch", "DEF")
-_library.define(f"linear(Tensor x, {_PACKED}, Tensor? bias, {_SIZES}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(
+    f"linear(Tensor x, {_PACKED}, Tensor? bias, Tensor[] dense, {_SIZES}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
 # AOTAutograd traces through a registered backward: its body has to be an opaque operator too
 _library.define(f"linear_dx(Tensor grad, {_PACKED}, {_SIZES}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -28,27 +34,46 @@ def uses_triton(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype in reference.SUPPORTED_DTYPES
 
 
-def _check(x: Tensor, values: Tensor, bias: Tensor | None, out_features: int, in_features: int) -> None:
+def _check(
+    x: Tensor, values: Tensor, bias: Tensor | None, dense: Sequence[Tensor], out_features: int, in_features: int
+) -> None:
     if x.shape[-1] != in_features:
         raise RuntimeError(f"patch::linear: x has {x.shape[-1]} features, the weight takes {in_features}")
     if x.dtype != values.dtype:
         raise RuntimeError(f"patch::linear: x is {x.dtype}, the weight is {values.dtype}; they must agree")
     if bias is not None and tuple(bias.shape) != (out_features,):
         raise RuntimeError(f"patch::linear: the bias has shape {tuple(bias.shape)}, it must be ({out_features},)")
+    wrong = [w for w in dense if w.shape[1] != in_features or w.dtype != values.dtype]
+    if wrong or (dense and sum(w.shape[0] for w in dense) != out_features):
+        shapes = ", ".join(f"{w.dtype} {tuple(w.shape)}" for w in dense)
+        raise RuntimeError(f"patch::linear: dense weights {shapes} for a packed {values.dtype} ({out_features}, {in_features})")
 
 
 def _linear(
     x: Tensor, values: Tensor, indices: Tensor, kinds: Tensor, panel_starts: Tensor, bias: Tensor | None,
-    out_features: int, in_features: int, tile_rows: int, tile_columns: int,
+    dense: Sequence[Tensor], layout: str, out_features: int, in_features: int, tile_rows: int, tile_columns: int,
 ) -> Tensor:  # fmt: skip
-    _check(x, values, bias, out_features, in_features)
-    launch = reference.launch_triton if uses_triton(x.device, x.dtype) else reference.launch_torch
+    _check(x, values, bias, dense, out_features, in_features)
     rows = x.reshape(-1, in_features).contiguous()
     y = x.new_empty((*x.shape[:-1], out_features))  # returned as it is: autograd refuses in-place writes to a view made in here
     bias = None if bias is None else bias.contiguous()
-    arguments = (indices, kinds, panel_starts, bias, out_features, in_features, tile_rows, tile_columns)
-    launch(y.view(rows.shape[0], out_features), rows, values, *arguments)
+    out = y.view(rows.shape[0], out_features)
+    if layout == "canonical":
+        launch = reference.launch_triton if uses_triton(x.device, x.dtype) else reference.launch_torch
+        sizes = (out_features, in_features, tile_rows, tile_columns)
+        launch(out, rows, values, indices, kinds, panel_starts, bias, *sizes)
+    else:
+        shape, tile = (out_features, in_features), (tile_rows, tile_columns)
+        runtime.layer_of(values, kinds, shape, tile, _order(layout, x)).run(out, rows, values, indices, bias, dense)
     return y
+
+
+def _order(layout: str, x: Tensor) -> Order:
+    if layout not in ("rows", "fragments"):
+        raise RuntimeError(f"patch::linear: layout {layout!r} is none of canonical, rows, fragments")
+    if x.device.type != "cuda":
+        raise RuntimeError(f"patch::linear: slabs are for a CUDA device, x is on {x.device}")
+    return layout  # type: ignore[return-value]
 
 
 def _linear_fake(x: Tensor, *arguments: Any) -> Tensor:
@@ -57,13 +82,17 @@ def _linear_fake(x: Tensor, *arguments: Any) -> Tensor:
 
 
 def _linear_dx(
-    grad: Tensor, values: Tensor, indices: Tensor, kinds: Tensor, panel_starts: Tensor,
+    grad: Tensor, values: Tensor, indices: Tensor, kinds: Tensor, panel_starts: Tensor, layout: str,
     out_features: int, in_features: int, tile_rows: int, tile_columns: int,
 ) -> Tensor:  # fmt: skip
     rows = grad.reshape(-1, out_features)
-    dx = reference.input_gradient(
-        rows, values, indices, kinds, panel_starts, out_features, in_features, tile_rows, tile_columns
-    )
+    if layout == "canonical":
+        dx = reference.input_gradient(
+            rows, values, indices, kinds, panel_starts, out_features, in_features, tile_rows, tile_columns
+        )
+    else:
+        shape, tile = (out_features, in_features), (tile_rows, tile_columns)
+        dx = rows @ runtime.layer_of(values, kinds, shape, tile, _order(layout, grad)).dense(values, indices)
     return dx.view(*grad.shape[:-1], in_features)
 
 
@@ -80,15 +109,15 @@ library.register_fake("patch::linear_dx", _linear_dx_fake, lib=_library)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, values, indices, kinds, panel_starts, bias, *sizes = inputs
+    _, values, indices, kinds, panel_starts, bias, dense, *sizes = inputs
     ctx.save_for_backward(values, indices, kinds, panel_starts)
-    ctx.sizes, ctx.has_bias = sizes, bias is not None
+    ctx.sizes, ctx.has_bias, ctx.dense_parts = sizes, bias is not None, len(dense)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     dx = torch.ops.patch.linear_dx(grad, *ctx.saved_tensors, *ctx.sizes) if ctx.needs_input_grad[0] else None
     db = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.has_bias and ctx.needs_input_grad[5] else None
-    return dx, None, None, None, None, db, None, None, None, None
+    return dx, None, None, None, None, db, [None] * ctx.dense_parts, None, None, None, None, None
 
 
 library.register_autograd("patch::linear", _backward, setup_context=_setup_context, lib=_library)
@@ -99,14 +128,16 @@ def _register_autocast(device: str, key: str) -> None:
     excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def implementation(x: Tensor, values: Tensor, *arguments: Any) -> Tensor:
-        indices, kinds, panel_starts, bias, *sizes = arguments
+        indices, kinds, panel_starts, bias, dense, *sizes = arguments
         dtype = torch.get_autocast_dtype(device)
 
         def cast(t: Tensor) -> Tensor:  # as F.linear's own rule: everything but float64
             return t if t.dtype == torch.float64 else t.to(dtype)
 
         with torch._C._ExcludeDispatchKeyGuard(excluded):
-            arguments = (indices, kinds, panel_starts, None if bias is None else cast(bias), *sizes)
+            if any(w.dtype != dtype for w in dense):
+                dense = []  # casting the packed values is cheaper
+            arguments = (indices, kinds, panel_starts, None if bias is None else cast(bias), dense, *sizes)
             return linear(cast(x), cast(values), *arguments)
 
     _library.impl("linear", implementation, key)

@@ -26,13 +26,11 @@ def test_any_leading_shape(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck(requires_grad: bool) -> None:
     module = layer()
-    sizes = (module.out_features, module.in_features, *module.tile_map.tile)
+    sizes = (module.layout, module.out_features, module.in_features, *module.tile_map.tile)
     x = torch.randn(2, 3, 44, requires_grad=requires_grad)
-    library.opcheck(ops.linear, (x, module.values, module.indices, module.kinds, module.panel_starts, module.bias, *sizes))
+    library.opcheck(ops.linear, (x, *module.stored.tensors, module.bias, [], *sizes))
     grad = torch.randn(2, 3, 40)
-    library.opcheck(
-        torch.ops.patch.linear_dx.default, (grad, module.values, module.indices, module.kinds, module.panel_starts, *sizes)
-    )
+    library.opcheck(torch.ops.patch.linear_dx.default, (grad, *module.stored.tensors, *sizes))
 
 
 def test_gradients_reach_input_and_bias() -> None:
@@ -72,13 +70,26 @@ def test_export_keeps_the_operator_and_a_dynamic_batch(tmp_path) -> None:
 
 def test_any_bias_layout_or_a_clear_refusal() -> None:
     module, x = layer(bias=False), torch.randn(3, 44)
-    sizes = (module.out_features, module.in_features, *module.tile_map.tile)
-    tensors = (module.values, module.indices, module.kinds, module.panel_starts)
+    sizes = (module.layout, module.out_features, module.in_features, *module.tile_map.tile)
+    tensors = module.stored.tensors
     for bias in (torch.randn(80)[::2], torch.randn(1).expand(40)):
-        torch.testing.assert_close(ops.linear(x, *tensors, bias, *sizes), F.linear(x, module.dense_weight(), bias))
+        torch.testing.assert_close(ops.linear(x, *tensors, bias, [], *sizes), F.linear(x, module.dense_weight(), bias))
     for bias in (torch.randn(1), torch.randn(3, 40)):
         with pytest.raises(RuntimeError, match=r"the bias has shape .* it must be \(40,\)"):
-            ops.linear(x, *tensors, bias, *sizes)
+            ops.linear(x, *tensors, bias, [], *sizes)
+
+
+def test_dense_parts_and_layouts_are_checked() -> None:
+    module, x = layer(bias=False), torch.randn(3, 44)
+    sizes = (module.out_features, module.in_features, *module.tile_map.tile)
+    weight = module.dense_weight()
+    for dense in ([weight[:39]], [weight[:, :40]], [weight.double()]):
+        with pytest.raises(RuntimeError, match=r"dense weights .* for a packed torch.float32 \(40, 44\)"):
+            ops.linear(x, *module.stored.tensors, None, dense, "canonical", *sizes)
+    with pytest.raises(RuntimeError, match="layout 'diagonal' is none of"):
+        ops.linear(x, *module.stored.tensors, None, [], "diagonal", *sizes)
+    with pytest.raises(RuntimeError, match="slabs are for a CUDA device, x is on cpu"):
+        ops.linear(x, *module.stored.tensors, None, [], "rows", *sizes)
 
 
 @pytest.mark.parametrize("shape", [(1,), (3, 40)])
