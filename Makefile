@@ -34,7 +34,7 @@ lint: $(NEEDS_INSTALL)
 gpu: $(NEEDS_INSTALL)
 	$(RUN) -m pytest -m "gpu or not gpu" tests/gpu tests/test_reference_kernel.py tests/test_packed.py
 	$(RUN) -m benchmarks.agreement
-	$(RUN) -m benchmarks.linear
+	$(RUN) -m benchmarks.decode
 
 install: $(INSTALLED)
 

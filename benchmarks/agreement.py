@@ -43,7 +43,9 @@ def greedy_tokens(model: nn.Module, tokenizer: Any, new_tokens: int, compiled: b
     options: dict[str, Any] = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
     options |= {"do_sample": False, "pad_token_id": 0}
     if compiled:
-        config = CompileConfig(backend="patch", mode="default")
+        # fp32 has only the reference kernel, which must be asked for where a dense weight is at hand
+        wanted = {"kernel": "reference"} if model.device.type == "cuda" else None
+        config = CompileConfig(backend="patch", mode=None, options=wanted)
         config._compile_all_devices = True
         options |= {"cache_implementation": "static", "compile_config": config}
     return model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :].tolist()

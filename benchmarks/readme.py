@@ -12,8 +12,11 @@ from typing import Any
 
 from patch_compiler.text_table import human_bytes
 
+from .decode_summary import markdown
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+DECODE = "decode-h100.json"
 
 
 def load(name: str) -> dict[str, Any]:
@@ -60,7 +63,12 @@ def demo() -> str:
     )
 
 
-SECTIONS = {"results": demo}
+def decode() -> str:
+    """The decode benchmark's table; nothing as long as there is no results file."""
+    return markdown(load(DECODE)) if (RESULTS / DECODE).exists() else ""
+
+
+SECTIONS = {"results": demo, "decode": decode}
 
 
 def render(readme: str) -> str:
