@@ -20,7 +20,10 @@ PACKAGES = ("torch", "triton", "transformers", "safetensors")
 
 
 def provenance(program: str, arguments: Sequence[str]) -> dict[str, str]:
-    """Plain strings, in the order a reader wants them; `program` as in `python -m program`. Where the output went is left out."""
+    """Plain strings, in the order a reader wants them; `program` as in `python -m program`.
+
+    Where the output went is left out.
+    """
     arguments = [a for i, a in enumerate(arguments) if a != "--output" and (i == 0 or arguments[i - 1] != "--output")]
     facts = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),

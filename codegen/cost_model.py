@@ -40,18 +40,19 @@ class Constants:
 
     # Decode, fitted on hopper_decode at T = 1, 16, 32 and 64
     start: float = 0.0  # launch with early_start; what the stages below do not explain, which is nothing
-    late: float = 3.27e-6  # more without early_start: the weights wait for the kernel before to drain
-    second_cta: float = 1.09e-6  # more with two CTAs on an SM
-    stage: float = 0.24e-6  # for each slot of the ring, until the first slab is there
-    stream: float = 1.01  # of bandwidth: slabs, with infinitely many of them in flight
-    latency: float = 0.37e-6  # of memory; with few bytes in flight the rate is what is in flight over this
-    x_blocks: float = 3.05  # of l2_bandwidth: blocks of X, read again for each slab
-    reduce: float = 1.71  # of one SM's share of l2_bandwidth: the last CTA of a panel reads all its parts
-    exchange: float = 0.60  # of l2_bandwidth: all CTAs write their parts
+    late: float = 3.28e-6  # more without early_start: the weights wait for the kernel before to drain
+    second_cta: float = 1.2e-6  # more with two CTAs on an SM
+    stage: float = 0.239e-6  # for each slot of the ring, until the first slab is there
+    stream: float = 1.013  # of bandwidth: slabs, with infinitely many of them in flight
+    latency: float = 0.375e-6  # of memory; with few bytes in flight the rate is what is in flight over this
+    x_blocks: float = 2.77  # of l2_bandwidth: blocks of X, read again for each slab
+    reduce: float = 1.37  # of one SM's share of l2_bandwidth: the last CTA of a panel reads all its parts
+    exchange: float = 0.877  # of l2_bandwidth: all CTAs write their parts
     # Decode, assumed: the data cannot tell these apart from the above
     meet: float = 5e-07  # panels are shared at all: a store, an atomic and a load one behind the other
     segment: float = 8000  # bytes of memory that the end of a segment is worth, for the work plan
     plan_x: float = 0.3  # of a byte of memory that a byte of X is worth, for the work plan
+    plan_part: float = 0.4  # of a byte of memory that a byte of a part is worth, for the work plan
     tensor: float = 0.4  # of dense_flops: narrow token tiles
     # Gemm, fitted on cuBLAS at T = 1, 16 and 64
     gemm_start: float = 4.2e-6
@@ -225,8 +226,11 @@ def stage_cost(schedule: Decode, rows: int, gpu: GpuSpec) -> StageCost:
     """
     byte = gpu.sms * schedule.ctas_per_sm / gpu.bandwidth
     block = schedule.tokens * 128 * CONSTANTS.plan_x
+    part = rows * schedule.tokens * 4 * CONSTANTS.plan_part
     return StageCost(
-        dense=(rows * 128 + block) * byte, sparse=(rows * 144 + 2 * block) * byte, segment=CONSTANTS.segment * byte
+        dense=(rows * 128 + block) * byte,
+        sparse=(rows * 144 + 2 * block) * byte,
+        segment=(CONSTANTS.segment + part) * byte,
     )
 
 

@@ -1,8 +1,9 @@
 """The static work plan: which CTA multiplies which slabs of a weight, decided from the tile map alone.
 
-The slabs stand in one line, panel by panel, and are cut into pieces of equal cost, one for each CTA (stream-K, Osama et
-al. 2023, with bytes for work). A cut inside a panel makes the panel's parts meet again in the partial sums. Written as one
-int32 row a CTA, so that a kernel finds everything it needs in one round trip to memory:
+The slabs stand in one line, panel by panel, and are cut into pieces, one for each CTA: into pieces of equal cost (stream-K,
+Osama et al. 2023, with bytes for work), or each panel by itself into as many pieces as it has CTAs, whichever ends sooner. A
+cut inside a panel makes the panel's parts meet again in the partial sums. Written as one int32 row a CTA, so that a kernel
+finds everything it needs in one round trip to memory:
 
     header    number of segments, number of stages, six unused
     segments  panel, dense stages, sparse stages, index of this part, first part and number of parts of the panel, two unused
@@ -52,13 +53,12 @@ def work_plan(slabs: SlabMap, ctas: int, cost: StageCost, *, shortest: float = 2
     sparse = (slabs.words.numpy() >> 30) & 1
     panels, n = len(starts) - 1, int(starts[-1])
     costs = np.where(sparse, cost.sparse, cost.dense)
-    panel_of = np.repeat(np.arange(panels), np.diff(starts))
-    line = np.cumsum(costs) + cost.segment * (panel_of + 1) if n else np.zeros(0)
-    total = float(line[-1]) if n else 0.0
-    # a slab belongs to whoever has its middle
-    cuts = np.searchsorted(line - costs / 2, np.arange(1, ctas) * total / ctas, side="left")
-    cuts = _to_edges(cuts, starts, shortest)
-    bounds = np.concatenate([[0], cuts, [n]])
+    candidates = [_to_edges(_equal_cuts(costs, starts, ctas, cost.segment), starts, shortest)]
+    if np.count_nonzero(np.diff(starts)) <= ctas:
+        candidates.append(_panel_cuts(costs, starts, ctas))
+    bounds = min(
+        (np.concatenate([[0], cuts, [n]]) for cuts in candidates), key=lambda b: _longest(b, costs, starts, cost.segment)
+    )
 
     # segments: every stretch of slabs between two neighbouring edges, be they of panels or of CTAs
     edges = np.unique(np.concatenate([starts, bounds]))
@@ -113,6 +113,45 @@ def work_plan(slabs: SlabMap, ctas: int, cost: StageCost, *, shortest: float = 2
 
 
 _AHEAD = 32  # kernels read the table up to a ring and one stage ahead of what they need
+
+
+def _equal_cuts(costs: np.ndarray, starts: np.ndarray, ctas: int, segment: float) -> np.ndarray:
+    """int64 [ctas - 1]: cuts that give each CTA the same cost, wherever they fall."""
+    if not len(costs):
+        return np.zeros(ctas - 1, dtype=np.int64)
+    panel = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+    line = np.cumsum(costs) + segment * (panel + 1)
+    # a slab belongs to whoever has its middle
+    return np.searchsorted(line - costs / 2, np.arange(1, ctas) * line[-1] / ctas, side="left")
+
+
+def _panel_cuts(costs: np.ndarray, starts: np.ndarray, ctas: int) -> np.ndarray:
+    """int64 [ctas - 1]: cuts for as many CTAs a panel as even out the longest; no CTA serves two panels."""
+    whole = np.concatenate([[0.0], np.cumsum(costs)])
+    of_panel = whole[starts[1:]] - whole[starts[:-1]]
+    # the most CTAs a panel can use is its slabs; an empty panel needs none
+    slabs = np.diff(starts)
+    shares = (slabs > 0).astype(np.int64)
+    for _ in range(ctas - int(shares.sum())):
+        longest = np.where(shares < slabs, of_panel / np.maximum(shares, 1), 0.0)
+        if not longest.any():
+            break
+        shares[int(longest.argmax())] += 1
+    cuts = []
+    for p in np.flatnonzero(shares):
+        wanted = whole[starts[p]] + np.arange(1, shares[p] + 1) * of_panel[p] / shares[p]
+        cuts.append(np.searchsorted(whole[1:] - costs / 2, wanted, side="left"))
+        cuts[-1][-1] = starts[p + 1]
+    ends = np.concatenate([*cuts, np.full(ctas, starts[-1])])[: ctas - 1]
+    return ends.astype(np.int64)
+
+
+def _longest(bounds: np.ndarray, costs: np.ndarray, starts: np.ndarray, segment: float) -> float:
+    """What the busiest CTA has to do."""
+    whole = np.concatenate([[0.0], np.cumsum(costs)])
+    first, last = bounds[:-1], bounds[1:]
+    panels = np.searchsorted(starts, last, side="left") - np.searchsorted(starts, first, side="right") + 1
+    return float((whole[last] - whole[first] + segment * np.where(last > first, panels, 0)).max())
 
 
 def _to_edges(cuts: np.ndarray, starts: np.ndarray, shortest: float) -> np.ndarray:

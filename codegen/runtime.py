@@ -164,10 +164,7 @@ def _descriptors(x: Tensor, values: Tensor, metadata: Tensor, tokens: int, rows:
 
     # TMA has no empty tensors. What stands for one is never read, so any memory will do; a fill would be a launch of its own
     values = values.view(-1, 64) if values.numel() else x.new_empty((rows, 64))
-    if metadata.numel():
-        metadata = metadata.view(-1, 2 * rows)
-    else:
-        metadata = values.view(torch.int32).view(-1, 2 * rows)
+    metadata = metadata.view(-1, 2 * rows) if metadata.numel() else values.view(torch.int32).view(-1, 2 * rows)
     return describe(x, [tokens, 64], 128), describe(values, [rows, 64], 128), describe(metadata, [2, 2 * rows], 0)
 
 

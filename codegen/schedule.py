@@ -13,7 +13,7 @@ from codegen.formats.slab_map import SlabMap
 from codegen.gpu import GpuSpec
 
 TOKEN_TILES = (8, 16, 32, 64, 128)
-STAGE_COUNTS = (3, 4, 5, 6, 7, 8, 10, 12, 16)
+STAGE_COUNTS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
 
 
 MOST_STAGES = 31  # work plans are padded for kernels that read them this far ahead
@@ -66,8 +66,9 @@ class Decode:
         return rows * 128 + rows * 16 + 2 * self.tokens * 128
 
     def shared_bytes(self, rows: int) -> int:
-        # two barriers a stage, and 1 KB that the launch itself takes from every CTA's share
-        return self.stages * (self.stage_bytes(rows) + 16) + 2048
+        # two barriers a stage, 1 KB that the launch itself takes from every CTA's share, and where outputs change places
+        turn = 4096 if self.family == "hopper" and self.tokens >= 32 else 0
+        return self.stages * (self.stage_bytes(rows) + 16) + 2048 + turn
 
     def why_illegal(self, problem: Problem, gpu: GpuSpec) -> str | None:
         """One sentence, or None when the schedule can run."""

@@ -12,7 +12,6 @@ from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import LocalSource
 from torch._guards import TracingContext
 
-
 MOVED = "patch_moved"  # in the meta of a placeholder: its tensor lies elsewhere than when Dynamo looked at it
 
 

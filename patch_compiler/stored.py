@@ -101,20 +101,6 @@ def _of_slabs(slabs: Slabs, kinds: Tensor) -> StoredWeight:
     return StoredWeight(slabs.tile_map, slabs.order, slabs.values, slabs.metadata, kinds, empty)
 
 
-def why_not_mergeable(parts: list[StoredWeight]) -> str | None:
-    """Why projections of one input cannot become one launch; None if they can."""
-    first = parts[0]
-    if any(p.layout == "canonical" for p in parts):
-        return "not held as slabs"
-    for part in parts[1:]:
-        if (part.layout, part.values.dtype, part.tile_map.tile) != (first.layout, first.values.dtype, first.tile_map.tile):
-            return "projections of different dtype, tile or layout"
-        if part.tile_map.shape[1] != first.tile_map.shape[1] or part.values.device != first.values.device:
-            return "projections of different inputs or devices"
-    ragged = [p.tile_map.shape[0] for p in parts[:-1] if p.tile_map.shape[0] % p.tile_map.tile[0]]
-    return f"{ragged[0]} outputs are no whole panels of {first.tile_map.tile[0]}" if ragged else None
-
-
 def merge(parts: list[StoredWeight]) -> tuple[StoredWeight, list[StoredWeight]]:
     """One weight with the parts' outputs one below the other, and the parts again as views of it: no second copy.
 

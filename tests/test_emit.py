@@ -6,6 +6,7 @@ import ast
 import hashlib
 import logging
 import multiprocessing
+import os
 import warnings
 from pathlib import Path
 
@@ -118,6 +119,17 @@ def test_what_is_not_sound_is_written_again(how: str, tmp_path: Path) -> None:
         )
     assert emit.emit(HOPPER, directory=tmp_path) == path
     assert path.read_bytes() == good
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_) -> None:
+        assert not list(tmp_path.glob("*.py")), "another process would load a half-written module"
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="no space left"):
+        emit.emit(HOPPER, directory=tmp_path)
+    assert files(tmp_path) == []
 
 
 def _emit_in_process(directory: str, start: object) -> str:

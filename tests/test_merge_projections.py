@@ -88,15 +88,6 @@ class Block(nn.Module):
         self.gate, self.up, self.down = linear(K, 320, False), linear(K, 320, False), linear(320, K, False)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = torch.cat([self.q(x), self.k(x), self.v(x)], -1)
-        return torch.cat([h, x + self.down(F.silu(self.gate(x + 1)) * self.up(self._again(x)))], -1)
-
-    def _again(self, x: Tensor) -> Tensor:
-        return x + 1
-
-
-class SameInput(Block):
-    def forward(self, x: Tensor) -> Tensor:
         h, y = torch.cat([self.q(x), self.k(x), self.v(x)], -1), x + 1
         return torch.cat([h, x + self.down(F.silu(self.gate(y)) * self.up(y))], -1)
 
@@ -104,10 +95,11 @@ class SameInput(Block):
 def masked(block: nn.Module) -> nn.Module:
     block = block.bfloat16().eval()
     linears = {n: m for n, m in block.named_modules() if type(m) is nn.Linear}
-    return apply_masks(block, {n: random_hard_mask(tuple(m.weight.shape), 64) for n, m in linears.items()}) or block
+    apply_masks(block, {n: random_hard_mask(tuple(m.weight.shape), 64) for n, m in linears.items()})
+    return block
 
 
-def make(form: str, kind: type[Block] = SameInput, **keywords) -> nn.Module:
+def make(form: str, kind: type[Block] = Block, **keywords) -> nn.Module:
     if form == "w * mask":
         return kind(MaskedLinear, **keywords).bfloat16().eval()
     block = masked(kind(**keywords))
@@ -153,10 +145,6 @@ def x(*shape: int) -> Tensor:
 
 def storages(*tensors: Tensor) -> set[int]:
     return {t.untyped_storage()._cdata for t in tensors}
-
-
-def stored_weights() -> list[stored.StoredWeight]:
-    return [s for source in masked_weight._living for s in source._stored.values()]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -229,7 +217,7 @@ def test_changed_weights_are_seen(form: str, graphs: list) -> None:
     assert len(graphs) == 1, "followed in place"
 
 
-class Other(SameInput):
+class Other(Block):
     """Which projections of x run, and in which order, is the caller's choice."""
 
     def forward(self, x: Tensor, order: str) -> Tensor:
@@ -285,7 +273,7 @@ def test_other_kernels_do_not_merge(kernel: str, graphs: list) -> None:
 
 def test_dense_and_foreign_ones_stay_out(graphs: list) -> None:
     """All dense: runs a GEMM. Float32: no slabs. Without a mask: none of our business."""
-    block, inputs = SameInput().bfloat16().eval(), x()
+    block, inputs = Block().bfloat16().eval(), x()
     names = {"q": 1.0, "k": 0.5, "gate": 0.5, "down": 0.5}
     apply_masks(block, {n: random_hard_mask(tuple(getattr(block, n).weight.shape), 64) for n in names if n != "q"})
     apply_masks(block, {"q": patch_compiler.HardMask.from_keep(torch.ones(256, K, dtype=torch.bool), 64)})
@@ -354,12 +342,11 @@ def test_a_second_model_of_the_class_has_its_own(graphs: list) -> None:
 
 
 def test_gradients_reach_the_input(graphs: list) -> None:
-    class Weights(runtime.Layer):
-        def dense(self, values: Tensor, metadata: Tensor) -> Tensor:
-            return unpack(from_slabs(Slabs(self.tile_map, self.map, values, metadata, self.order)))
+    def weight(self: runtime.Layer, values: Tensor, metadata: Tensor) -> Tensor:
+        return unpack(from_slabs(Slabs(self.tile_map, self.map, values, metadata, self.order)))
 
     with pytest.MonkeyPatch.context() as patched, torch.enable_grad():
-        patched.setattr(runtime.Layer, "dense", Weights.dense)
+        patched.setattr(runtime.Layer, "dense", weight)
         block = make("PatchLinear", bias="qk").requires_grad_(False)
         inputs = x().requires_grad_()
         compiled(block)(inputs).sum().backward()

@@ -139,7 +139,7 @@ def _consume(
 ):
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, TOKENS, 16])
     row_in_panel = gl.arange(0, ROWS, gl.SliceLayout(1, acc_layout))
-    token = gl.program_id(1) * TOKENS + gl.arange(0, TOKENS, gl.SliceLayout(0, acc_layout))
+    token = gl.arange(0, TOKENS, gl.SliceLayout(0, acc_layout))
     if EARLY_START:
         gdc_wait()  # Y and the partial sums may still be in use by the kernel before
     slot = 0
@@ -184,11 +184,20 @@ def _consume(
             feature = panel * ROWS + row_in_panel
             if HAS_BIAS:
                 acc += gl.load(bias_ptr + feature, mask=feature < out_features, other=0.0).to(gl.float32)[:, None]
-            inside = (feature < out_features)[:, None] & (token < tokens)[None, :]
-            gl.store(y_ptr + token[None, :] * out_features + feature[:, None], acc.to(DTYPE), mask=inside)
+            if TOKENS < 32:
+                inside = (feature < out_features)[:, None] & (token < tokens)[None, :]
+                gl.store(y_ptr + token[None, :] * out_features + feature[:, None], acc.to(DTYPE), mask=inside)
+            else:
+                # through shared memory, so that a thread writes eight neighbours: the registers hold two bytes here and there
+                y_layout: gl.constexpr = gl.BlockedLayout([8, 1], [ROWS // 8, 256 // ROWS], [1, WARPS], [0, 1])
+                y = gl.convert_layout(acc.to(DTYPE), y_layout)
+                feature = panel * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, y_layout))
+                y_token = gl.arange(0, TOKENS, gl.SliceLayout(0, y_layout))
+                inside = (feature < out_features)[:, None] & (y_token < tokens)[None, :]
+                gl.store(y_ptr + y_token[None, :] * out_features + feature[:, None], y, mask=inside)
 
 
-@gluon.jit(do_not_specialize=["plan_stride", "stages_offset", "parts", "panels", "tokens", "out_features"])
+@gluon.jit(do_not_specialize=["plan_stride", "stages_offset", "parts", "panels", "tokens"])
 def hopper_decode(
     x_desc, values_desc, metadata_desc, y_ptr, bias_ptr, partials_ptr, counters_ptr, plan_ptr, plan_stride, stages_offset,
     parts, panels, tokens, out_features,
@@ -198,8 +207,11 @@ def hopper_decode(
     Grid: rows of the plan, token tiles; ROWS / 16 warps. partials: float32, `parts` of ROWS * TOKENS for each token tile;
     counters: int32, `panels` for each token tile, zero before and after.
     """
-    partials_ptr += gl.program_id(1) * parts * (ROWS * TOKENS)
-    counters_ptr += gl.program_id(1) * panels
+    token_tile = gl.program_id(1)
+    y_ptr += token_tile.to(gl.int64) * TOKENS * out_features
+    tokens -= token_tile * TOKENS
+    partials_ptr += token_tile.to(gl.int64) * parts * (ROWS * TOKENS)
+    counters_ptr += token_tile * panels
     plan = plan_ptr + gl.program_id(0) * plan_stride
     n_segments = gl.load(plan)
     n_stages = gl.load(plan + 1)

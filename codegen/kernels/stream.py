@@ -168,7 +168,7 @@ def stream_decode(
     x_ptr += token_tile.to(gl.int64) * TOKENS * in_features
     y_ptr += token_tile.to(gl.int64) * TOKENS * out_features
     tokens -= token_tile * TOKENS
-    partials_ptr += token_tile * parts * (ROWS * TOKENS)
+    partials_ptr += token_tile.to(gl.int64) * parts * (ROWS * TOKENS)
     counters_ptr += token_tile * panels
     plan = plan_ptr + gl.program_id(0) * plan_stride
     stages = (plan + stages_offset).to(gl.pointer_type(gl.int64))  # two loads a stage instead of four
