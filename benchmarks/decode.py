@@ -30,6 +30,8 @@ from typing import Any
 import torch
 
 from codegen import tuning
+from codegen.compile_ahead import compile_all, gpu_here
+from codegen.emit import Specialisation
 from codegen.formats.slab_map import slab_map
 from codegen.gpu import GpuSpec
 from codegen.measure import COLD_BYTES
@@ -39,7 +41,6 @@ from patch_compiler.tuning_targets import STANDARD
 
 from .decode_bench import ROUNDS, TOLERANCE, Bench, Library, Point, WrongResult, ceilings, isolated
 from .decode_cases import MAPS, Case, cases
-from .decode_compile import compile_all, gpu_here
 from .decode_plot import roofline
 from .decode_summary import losses, summarise, summary_table
 from .provenance import provenance, results_file, write_results
@@ -153,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     schedules = distinct([p for _, points in work for p in points])
     planned = time.monotonic()
     _say(f"{len(work)} tile maps, T = {tokens}, {len(schedules)} kernels: planned in {planned - begin:.0f} s")
-    compile_all(schedules, gpu)
+    compile_all([Specialisation(s, 128, "bfloat16", False) for s in schedules], gpu)
     torch.set_num_threads(threads)
     compiled = time.monotonic()
     _say(f"compiled in {compiled - planned:.0f} s")

@@ -24,11 +24,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from codegen import cost_model, tuning
+from codegen.compile_ahead import compile_all, gpu_here
+from codegen.emit import Specialisation
 from codegen.formats.slab_map import slab_map, why_not
 from codegen.gpu import GpuSpec, gpu_spec, this_gpu
 from codegen.measure import Timing, copies, measure
 from codegen.runtime import Layer
-from codegen.schedule import Gemm, Problem, Schedule, legal_schedules
+from codegen.schedule import Decode, Gemm, Problem, Schedule, legal_schedules
 from codegen.tuning import Entry
 
 from .atomic import atomic_file
@@ -94,9 +96,7 @@ def autotune(
 
     Raises ValueError for bad input, OSError if the table cannot be written.
     """
-    if not tokens or any(not 1 <= t <= _LARGEST_TOKENS for t in tokens):
-        raise ValueError(f"tokens {list(tokens)}: one or more numbers of 1 to {_LARGEST_TOKENS} are needed")
-    sizes = sorted({1 << (t - 1).bit_length() for t in tokens})
+    sizes = _sizes(tokens)
     targets = targets_of(source) if isinstance(source, str | os.PathLike | nn.Module) else list(source)
     here = this_gpu(torch.cuda.current_device()) if torch.cuda.is_available() else None
     gpu = gpu or here or gpu_spec("h100")
@@ -119,6 +119,13 @@ def autotune(
             if entries:
                 tuning.update(out or tuning.user_path(gpu), gpu, entries)
     return rows
+
+
+def _sizes(tokens: Sequence[int]) -> list[int]:
+    """The powers of two that the table has for these numbers of tokens."""
+    if not tokens or any(not 1 <= t <= _LARGEST_TOKENS for t in tokens):
+        raise ValueError(f"tokens {list(tokens)}: one or more numbers of 1 to {_LARGEST_TOKENS} are needed")
+    return sorted({1 << (t - 1).bit_length() for t in tokens})
 
 
 def _distinct(targets: Iterable[Target]) -> list[tuple[Target, Problem]]:
@@ -301,11 +308,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _compile_ahead(targets: Iterable[Target], tokens: Sequence[int], gpu: GpuSpec | None) -> None:
+    """Compile what will be measured, in parallel; possible only as long as nothing in this process has touched CUDA."""
+    here = gpu_here()
+    if here is None or (gpu is not None and gpu.key != here.key):
+        return
+    kernels = [
+        Specialisation(schedule, problem.slabs.rows, problem.dtype, False)
+        for _, problem in _distinct(targets)
+        for t in _sizes(tokens)
+        for schedule in _candidates(problem, here, t)
+        if isinstance(schedule, Decode) and problem.slabs is not None
+    ]
+    compile_all(kernels, here)
+
+
 def _run(args: argparse.Namespace) -> None:
     gpu = gpu_spec(args.gpu) if args.gpu is not None else None
     sparsity = 0.45 if args.sparsity is None else args.sparsity
     targets = targets_of(args.model) if args.layers is None else standard_targets(args.layers, sparsity)
     record: list[dict[str, Any]] = []
+    _compile_ahead(targets, args.tokens, gpu)
     rows = autotune(
         targets, args.tokens, gpu=gpu, out=args.out, budget=args.budget, record=record, progress=sys.stderr.isatty()
     )

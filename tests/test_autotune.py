@@ -84,6 +84,9 @@ def with_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a fake H100")
     monkeypatch.setattr(autotune, "this_gpu", lambda index: H100)
+    monkeypatch.setattr(autotune, "gpu_here", lambda: H100)
+    monkeypatch.setattr(autotune, "compile_all", lambda kernels, gpu: FakeBench.compiled.extend(kernels))
+    monkeypatch.setattr(FakeBench, "compiled", [], raising=False)
     monkeypatch.setattr(autotune, "_Bench", FakeBench)
     FakeBench.made = 0
 
@@ -126,6 +129,8 @@ def test_command_with_a_gpu(with_gpu, capsys, tmp_path):
     assert read(out, H100)
     measurements = read_measurements(record)
     assert len(measurements) > 8
+    run = {m.schedule for m in measurements if isinstance(m.schedule, Decode)}
+    assert run <= {kernel.schedule for kernel in FakeBench.compiled}
     assert {m.tokens for m in measurements} == {1, 16}
     assert autotune.main([*arguments[:4], "--gpu", "a100"]) == 0
     assert capsys.readouterr().out.startswith("Predictions of the cost model for NVIDIA A100 SXM 80GB, scaled")

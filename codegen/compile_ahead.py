@@ -1,4 +1,4 @@
-"""Compile kernels in forked processes, so that Triton's cache on disk is warm when the benchmark begins.
+"""Compile kernels in forked processes, so that Triton's cache on disk is warm when they are first run.
 
 A process that has touched CUDA cannot be forked; so even the question which GPU is here is asked in a child.
 """
@@ -9,16 +9,17 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
 import torch
 
+from codegen.emit import Specialisation
 from codegen.fit import scattered
+from codegen.formats.slabs import Order
 from codegen.gpu import GpuSpec, this_gpu
 from codegen.runtime import Layer
-from codegen.schedule import Decode
 
 _WORKERS = 16  # each takes half a gigabyte of the GPU's memory
 _PATIENCE = 150.0  # seconds; what is not compiled by then is compiled when it is first run
@@ -47,15 +48,17 @@ def _ask(answer: Connection) -> None:
     answer.send(this_gpu() if torch.cuda.is_available() else None)
 
 
-def compile_all(schedules: Sequence[Decode], gpu: GpuSpec) -> None:
-    """Compile for panels of 128 rows in bfloat16 without bias. What fails is printed, and fails again where it is run."""
-    if torch.cuda.is_initialized() or not schedules:
+def compile_all(kernels: Iterable[Specialisation], gpu: GpuSpec) -> None:
+    """Emit and compile them all. What fails is printed, and fails again where it is run. Nothing, once CUDA is touched."""
+    wanted = list(dict.fromkeys(kernels))
+    if torch.cuda.is_initialized() or not wanted:
         return
-    workers = max(1, min(len(schedules), _WORKERS, len(os.sched_getaffinity(0))))
+    workers = max(1, min(len(wanted), _WORKERS, len(os.sched_getaffinity(0))))
     context = multiprocessing.get_context("fork")
+    order: Order = "rows" if gpu.runs_hopper else "fragments"
     children: list[BaseProcess] = []
     for w in range(workers):
-        children.append(context.Process(target=_compile, args=(list(schedules)[w::workers], gpu.runs_hopper, w == 0)))
+        children.append(context.Process(target=_compile, args=(wanted[w::workers], order)))
         children[-1].start()
     end = time.monotonic() + _PATIENCE
     for child in children:
@@ -65,19 +68,21 @@ def compile_all(schedules: Sequence[Decode], gpu: GpuSpec) -> None:
             child.join()
 
 
-def _compile(schedules: Sequence[Decode], rows_order: bool, expansion: bool) -> None:
-    """Run each schedule once on a tiny layer; the module and the binary are the same as a large one's."""
+def _compile(kernels: Sequence[Specialisation], order: Order) -> None:
+    """Run each once on a tiny layer; the module and the binary are the same as a large one's."""
     device = torch.device("cuda", 0)
-    layer = Layer(scattered((256, 256), 0.5), torch.bfloat16, "rows" if rows_order else "fragments", device)
-    map_ = layer.map
-    values = torch.zeros(map_.slabs, map_.rows, 64, dtype=torch.bfloat16, device=device)
-    metadata = torch.full((map_.sparse_slabs, 2, 2 * map_.rows), 0x44444444, dtype=torch.int32, device=device)
-    x, y = (torch.zeros(3, 256, dtype=torch.bfloat16, device=device) for _ in range(2))
-    if expansion:
-        layer.dense(values, metadata)
-    for schedule in schedules:
+    for kernel in kernels:
+        dtype = getattr(torch, kernel.dtype)
+        size = 2 * kernel.rows
+        layer = Layer(scattered((size, size), 0.5, (kernel.rows, kernel.rows)), dtype, order, device)
+        map_ = layer.map
+        values = torch.zeros(map_.slabs, map_.rows, 64, dtype=dtype, device=device)
+        metadata = torch.full((map_.sparse_slabs, 2, 2 * map_.rows), 0x44444444, dtype=torch.int32, device=device)
+        x, y = (torch.zeros(3, size, dtype=dtype, device=device) for _ in range(2))
+        bias = torch.zeros(size, dtype=dtype, device=device) if kernel.bias else None
         try:
-            layer.run(y, x, values, metadata, None, schedule=schedule)
+            layer.run(y, x, values, metadata, bias, schedule=kernel.schedule)
+            layer.dense(values, metadata)
             torch.cuda.synchronize()
         except Exception as error:
-            print(f"{schedule}: {' '.join(str(error).split())[:300]}", file=sys.stderr, flush=True)
+            print(f"{kernel.schedule}: {' '.join(str(error).split())[:300]}", file=sys.stderr, flush=True)
