@@ -1,4 +1,4 @@
-# make demo | test | lint | gpu | clean. Everything is installed into .venv; nothing else on the machine is touched.
+# make demo | test | lint | gpu | sanitize | clean. Everything is installed into .venv; nothing else on the machine is touched.
 # Already have torch? `make gpu RUN=python3` uses that interpreter and installs nothing.
 
 PYTHON ?= python3
@@ -16,7 +16,7 @@ comma := ,
 
 NEEDS_INSTALL := $(if $(filter $(VENV)/%,$(RUN)),$(INSTALLED))
 
-.PHONY: demo test lint gpu install clean
+.PHONY: demo test lint gpu sanitize install clean
 
 demo: $(NEEDS_INSTALL)
 	$(RUN) -m benchmarks.demo
@@ -32,9 +32,17 @@ lint: $(NEEDS_INSTALL)
 # Tests and benchmarks that need a GPU, in one go; the numbers go to benchmarks/results/. Most of the tests' time is
 # compilation: with pytest-xdist installed, make gpu PYTEST_ADDOPTS="-n 8" is several times faster.
 gpu: $(NEEDS_INSTALL)
-	$(RUN) -m pytest -m "gpu or not gpu" tests/gpu tests/test_reference_kernel.py tests/test_packed.py
+	$(RUN) -m pytest -m "gpu or not gpu" tests/gpu tests/test_reference_kernel.py tests/test_packed.py \
+		tests/test_formats.py tests/test_expand.py
 	$(RUN) -m benchmarks.agreement
 	$(RUN) -m benchmarks.decode
+	$(RUN) -m benchmarks.pick_quality
+	$(RUN) -m benchmarks.compile_time
+
+# Every decode kernel under compute-sanitizer (which comes with CUDA).
+sanitize: $(NEEDS_INSTALL)
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(RUN) -m tests.gpu.sanitized
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(RUN) -m tests.gpu.sanitized
 
 install: $(INSTALLED)
 

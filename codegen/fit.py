@@ -13,10 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,17 +60,22 @@ def _problem(shape: tuple[int, int], sparse: float, tile: tuple[int, int], seed:
     return Problem(shape, dtype, slab_map(scattered(shape, sparse, tile, seed)), dense_weight=True)
 
 
+def measurements_of(rows: Iterable[Mapping[str, Any]], gpu: GpuSpec) -> list[Measurement]:
+    """Rows as the module's text shows them. Raises KeyError, TypeError or ValueError for others."""
+    found = []
+    for row in rows:
+        (m, k), (panel, columns) = row["shape"], row.get("tile", DEFAULT_TILE)
+        problem = _problem((m, k), row["sparse"], (panel, columns), row.get("seed", 0), row.get("dtype", "bfloat16"))
+        found.append(Measurement(problem, read_schedule(row["schedule"]), gpu, row["tokens"], row["us"]))
+    return found
+
+
 def read_measurements(path: Path = DATA) -> list[Measurement]:
     """Raises OSError, or ValueError for a file that holds no measurements."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         gpu = gpu_spec(document["gpu"], document["triton"])
-        found = []
-        for row in document["measurements"]:
-            (m, k), (rows, columns) = row["shape"], row.get("tile", DEFAULT_TILE)
-            problem = _problem((m, k), row["sparse"], (rows, columns), row.get("seed", 0), row.get("dtype", "bfloat16"))
-            found.append(Measurement(problem, read_schedule(row["schedule"]), gpu, row["tokens"], row["us"]))
-        return found
+        return measurements_of(document["measurements"], gpu)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: holds no measurements: {type(error).__name__}: {error}") from error
 

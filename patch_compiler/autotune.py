@@ -308,7 +308,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _compile_ahead(targets: Iterable[Target], tokens: Sequence[int], gpu: GpuSpec | None) -> None:
+def compile_candidates(targets: Iterable[Target], tokens: Sequence[int], gpu: GpuSpec | None = None) -> None:
     """Compile what will be measured, in parallel; possible only as long as nothing in this process has touched CUDA."""
     here = gpu_here()
     if here is None or (gpu is not None and gpu.key != here.key):
@@ -328,7 +328,7 @@ def _run(args: argparse.Namespace) -> None:
     sparsity = 0.45 if args.sparsity is None else args.sparsity
     targets = targets_of(args.model) if args.layers is None else standard_targets(args.layers, sparsity)
     record: list[dict[str, Any]] = []
-    _compile_ahead(targets, args.tokens, gpu)
+    compile_candidates(targets, args.tokens, gpu)
     rows = autotune(
         targets, args.tokens, gpu=gpu, out=args.out, budget=args.budget, record=record, progress=sys.stderr.isatty()
     )

@@ -1,0 +1,121 @@
+"""How long a 7B-shaped model takes to pack and to compile, with empty caches and with full ones.
+
+    python -m benchmarks.compile_time [--layers 32] [--output benchmarks/results/compile-time-<gpu>.json]
+
+LLaMA-2-7B's sizes, random weights and 45 % random hybrid masks. Packing is `convert` on the GPU. Compiling is the first call of
+torch.compile(backend="patch") on one token, in a process of its own: once with fresh caches of Inductor, Triton and ours, then
+again with what the first one left behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from patch_compiler import HardMask, TileKind, TileMap, convert, explain, named_linears
+from patch_compiler.linears import weight_of
+from patch_compiler.masks import PATTERNS
+
+from .provenance import provenance, results_file, write_results
+
+SPARSITY = 0.45
+
+
+def model_of(layers: int) -> nn.Module:
+    """LLaMA-2-7B's sizes with random weights, on the GPU in bfloat16."""
+    config = transformers.LlamaConfig(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=layers, num_attention_heads=32, vocab_size=32000
+    )
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            return transformers.LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(previous)
+
+
+def random_masks(model: nn.Module) -> dict[str, HardMask]:
+    """Random tiles and random patterns, one mask for all layers of a shape: making them is not what is timed."""
+    of_shape: dict[tuple[int, int], HardMask] = {}
+    masks = {}
+    for name, module in named_linears(model).items():
+        if name == "lm_head":
+            continue
+        shape = (weight_of(module).shape[0], weight_of(module).shape[1])
+        if shape not in of_shape:
+            dense = torch.rand(TileMap.grid_of(shape, (128, 128))) >= 2 * SPARSITY
+            tile_map = TileMap.from_dense(shape, dense, (128, 128))
+            codes = torch.randint(len(PATTERNS), (shape[0], -(-shape[1] // 4)), dtype=torch.uint8)
+            codes[tile_map.group_kinds() != int(TileKind.SPARSE24)] = 0
+            of_shape[shape] = HardMask(tile_map, codes)
+        masks[name] = of_shape[shape]
+    return masks
+
+
+@torch.no_grad()
+def once(layers: int) -> dict[str, Any]:
+    """What one process takes: pack, then compile and run the first token."""
+    model = model_of(layers)
+    masks = random_masks(model)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    convert(model, masks)
+    torch.cuda.synchronize()
+    packed = time.perf_counter()
+    fast = torch.compile(model, backend="patch", fullgraph=True)
+    tokens = torch.randint(32000, (1, 1), device="cuda")
+    fast(tokens, use_cache=False)
+    torch.cuda.synchronize()
+    compiled = time.perf_counter()
+    runs = [site.runs for site in explain(model).sites]
+    return {
+        "pack_s": round(packed - start, 2),
+        "compile_s": round(compiled - packed, 2),
+        "runs": {what: runs.count(what) for what in sorted(set(runs))},
+        "gpu_bytes": torch.cuda.memory_allocated(),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compile_time", description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/compile-time-<gpu>.json")
+    parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    if args.once:
+        print(json.dumps(once(args.layers)))
+        return 0
+    if not torch.cuda.is_available():
+        print("benchmarks.compile_time compiles for a GPU: it needs one")
+        return 2
+    record: dict[str, Any] = {"layers": args.layers, "sparsity": SPARSITY}
+    with tempfile.TemporaryDirectory() as caches:
+        names = ("PATCH_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+        environment = os.environ | {name: str(Path(caches, name.lower())) for name in names}
+        for run in ("cold", "warm"):
+            command = [sys.executable, "-m", "benchmarks.compile_time", "--once", "--layers", str(args.layers)]
+            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+            record[run] = json.loads(done.stdout.splitlines()[-1])
+            print(run, record[run], flush=True)
+    output = args.output or results_file("compile-time")
+    write_results(output, provenance("benchmarks.compile_time", arguments), record)
+    print(f"wrote {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,39 @@
+"""Every decode kernel once on small and ragged weights, for compute-sanitizer: `make sanitize`.
+
+    compute-sanitizer --tool memcheck python -m tests.gpu.sanitized
+    compute-sanitizer --tool racecheck python -m tests.gpu.sanitized
+
+Small, because the tools slow a kernel down a hundredfold; several CTAs share panels, rings go round more than once.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from codegen.gpu import this_gpu
+from codegen.schedule import Decode
+from tests.strategies import random_hard_mask
+
+from .test_decode import ORDER, TOLERANCE, Case
+
+
+def main() -> None:
+    for family in ("stream", *(["hopper"] if this_gpu().runs_hopper else [])):
+        for tile, shape in (((128, 128), (300, 1096)), ((64, 64), (200, 600))):
+            for dtype, tokens in ((torch.bfloat16, 8), (torch.float16, 64)):
+                case = Case(random_hard_mask(shape, tile), dtype, ORDER[family])
+                for early in (False, True):
+                    schedule = Decode(family, tokens, 3, early_start=early)  # type: ignore[arg-type]
+                    if schedule.why_illegal(case.layer.problem(), this_gpu()) is not None:
+                        continue
+                    x = case.x(tokens - 3)
+                    error = case.error(x, case(x, schedule))
+                    assert error < TOLERANCE[dtype], (family, tile, dtype, tokens, error)
+                    print(family, tile, shape, dtype, schedule, f"{error:.1e}", flush=True)
+                case.layer.dense(case.slabs.values, case.slabs.metadata)
+    torch.cuda.synchronize()
+    print("all right")
+
+
+if __name__ == "__main__":
+    main()
