@@ -67,7 +67,7 @@ class Decode:
 
     def shared_bytes(self, rows: int) -> int:
         # two barriers a stage, 1 KB that the launch itself takes from every CTA's share, and where outputs change places
-        turn = 4096 if self.family == "hopper" and self.tokens >= 32 else 0
+        turn = 32 * rows if self.family == "hopper" and self.tokens >= 32 else 0
         return self.stages * (self.stage_bytes(rows) + 16) + 2048 + turn
 
     def why_illegal(self, problem: Problem, gpu: GpuSpec) -> str | None:

@@ -107,6 +107,9 @@ class PatchLinear(nn.Module):
             # sizes could agree by chance and the values would land in the wrong tiles
             args[-1].append(f"{prefix}kinds: the state dict has another tile map than this layer ({self.tile_map})")
             return
+        if not any(prefix + name in state_dict for name in ("values", "indices", "kinds")):
+            super()._load_from_state_dict(state_dict, prefix, *args)  # a bias at most
+            return
         held, errors = self.stored, args[-1]
         if held.layout != "canonical":
             self._hold(store(self.packed, "canonical"))

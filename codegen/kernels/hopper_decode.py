@@ -104,19 +104,18 @@ def _as_held(acc):
 
 
 @gluon.jit
-def _add_parts(partials_ptr, first_part, n_parts, offsets, acc_layout: gl.constexpr):
-    """The sum of a panel's parts, always in the plan's order."""
+def _add_parts(own, partials_ptr, part, first_part, n_parts, offsets, acc_layout: gl.constexpr):
+    """The sum of a panel's parts, always in the plan's order; its own part this CTA still holds."""
     line = gl.zeros([ROWS * TOKENS], gl.float32, offsets.type.layout)
     end = first_part + n_parts
     for p in range(first_part, end, PARTS_AT_ONCE):
         parts = ()
         for i in gl.static_range(PARTS_AT_ONCE):
-            # beyond the end the last part is read again and not used: cheaper than a mask
-            part = gl.minimum(p + i, end - 1)
-            source = partials_ptr + part * (ROWS * TOKENS) + offsets
-            parts = parts + (gl.load(source, cache_modifier=".cg"),)  # noqa: RUF005
+            source = partials_ptr + (p + i) * (ROWS * TOKENS) + offsets
+            wanted = (p + i < end) & (p + i != part)
+            parts = parts + (gl.load(source, mask=wanted, other=0.0, cache_modifier=".cg"),)  # noqa: RUF005
         for i in gl.static_range(PARTS_AT_ONCE):
-            line += gl.where(p + i < end, parts[i], 0.0)
+            line += gl.where(p + i == part, own, parts[i])
     acc = line.reshape([TOKENS // 8, WARPS, 8, 4, 2, 2]).permute((1, 4, 2, 0, 3, 5)).reshape([ROWS, TOKENS])
     return gl.convert_layout(acc, acc_layout, assert_trivial=True)
 
@@ -178,7 +177,7 @@ def _consume(
             gl.barrier()
             complete = gl.atomic_add(counters_ptr + panel, 1, sem="acq_rel") == n_parts - 1
             if complete:
-                acc = _add_parts(partials_ptr, first_part, n_parts, offsets, acc_layout)
+                acc = _add_parts(line, partials_ptr, part, first_part, n_parts, offsets, acc_layout)
                 gl.store(counters_ptr + panel, 0)  # as the next launch wants it
         if complete:
             feature = panel * ROWS + row_in_panel
