@@ -137,7 +137,7 @@ def _decode(problem: Problem, schedule: Decode, gpu: GpuSpec, tokens: Any, c: Co
     tensor = facts.flops / (c.tensor * gpu.dense_flops)
     end = 0.0
     if facts.shared_parts:
-        part = _slabs(problem).rows * schedule.tokens * 4
+        part = schedule.cta_rows(_slabs(problem).rows) * schedule.tokens * 4
         end = c.meet + facts.most_parts * part * gpu.sms / (c.reduce * gpu.l2_bandwidth)
         end += facts.shared_parts * part / (c.exchange * gpu.l2_bandwidth)
     passes = arithmetic.tiles(tokens, schedule.tokens)
@@ -202,7 +202,7 @@ class _Memory:
     """What is known of one SlabMap; goes with it."""
 
     def __init__(self) -> None:
-        self.facts: dict[tuple[int, int], _PlanFacts] = {}
+        self.facts: dict[tuple[int, int, bool], _PlanFacts] = {}
         self.chosen: dict[tuple[Any, ...], Schedule] = {}
 
 
@@ -222,8 +222,11 @@ def _memory(slabs: SlabMap) -> _Memory:
 def stage_cost(schedule: Decode, rows: int, gpu: GpuSpec) -> StageCost:
     """Seconds that a dense stage, a sparse stage and a segment's end keep one CTA busy, all CTAs sharing the memory evenly.
 
+    rows: of a panel.
+
     Of assumed constants only: measurements are of the plans that follow, so a fit must not change them.
     """
+    rows = schedule.cta_rows(rows)
     byte = gpu.sms * schedule.ctas_per_sm / gpu.bandwidth
     block = schedule.tokens * 128 * CONSTANTS.plan_x
     part = rows * schedule.tokens * 4 * CONSTANTS.plan_part
@@ -238,13 +241,14 @@ def _plan_facts(problem: Problem, schedule: Decode, gpu: GpuSpec) -> _PlanFacts:
     """Of the plan that the launch would run. Depends on how many CTAs there are and how wide the token tile is."""
     slabs = _slabs(problem)
     ctas = gpu.sms * schedule.ctas_per_sm
-    memory, key = _memory(slabs), (ctas, schedule.tokens)
+    memory, key = _memory(slabs), (ctas, schedule.tokens, schedule.halves)
     if key not in memory.facts:
-        plan = work_plan(slabs, ctas, stage_cost(schedule, slabs.rows, gpu))
+        rows = schedule.cta_rows(slabs.rows)
+        plan = work_plan(slabs, ctas, stage_cost(schedule, slabs.rows, gpu), halves=schedule.halves)
         segments = plan.table[:, HEADER : plan.stages_offset].reshape(ctas, -1, SEGMENT).numpy()
         dense, sparse, parts = segments[:, :, 1].sum(1), segments[:, :, 2].sum(1), segments[:, :, 5]
         x_bytes = (dense + 2 * sparse) * (schedule.tokens * 128)
-        weight_bytes = (dense + sparse) * (slabs.rows * 128) + sparse * (slabs.rows * 16)
+        weight_bytes = (dense + sparse) * (rows * 128) + sparse * (rows * 16)
         memory.facts[key] = _PlanFacts(
             bytes=_slab_bytes(slabs) + plan.table.numel() * 4,
             x_bytes=int(x_bytes.sum()),

@@ -7,7 +7,7 @@ finds everything it needs in one round trip to memory:
 
     header    number of segments, number of stages, six unused
     segments  panel, dense stages, sparse stages, index of this part, first part and number of parts of the panel, two unused
-    stages    slab, metadata row (-1: dense), first and second block of X
+    stages    slab or half slab, metadata row (-1: dense), first and second block of X
 """
 
 from __future__ import annotations
@@ -44,13 +44,14 @@ class StageCost:
     segment: float
 
 
-def work_plan(slabs: SlabMap, ctas: int, cost: StageCost, *, shortest: float = 2.0) -> WorkPlan:
+def work_plan(slabs: SlabMap, ctas: int, cost: StageCost, *, halves: bool = False, shortest: float = 2.0) -> WorkPlan:
     """Cut the slabs of a weight into `ctas` pieces of equal cost.
 
-    shortest: a cut that would leave less than this many stages of a panel on one side moves to the panel's edge.
+    halves: deal the upper and the lower half of each panel as panels of their own; slabs are then counted in halves, 2 s
+    and 2 s + 1. shortest: a cut that would leave less than this many stages of a panel on one side moves to its edge.
     """
-    starts = slabs.slab_start.numpy()
-    sparse = (slabs.words.numpy() >> 30) & 1
+    starts, word, unit, metadata_row, dense_slabs = _line(slabs, halves)
+    sparse = (word >> 30) & 1
     panels, n = len(starts) - 1, int(starts[-1])
     costs = np.where(sparse, cost.sparse, cost.dense)
     candidates = [_to_edges(_equal_cuts(costs, starts, ctas, cost.segment), starts, shortest)]
@@ -65,7 +66,7 @@ def work_plan(slabs: SlabMap, ctas: int, cost: StageCost, *, shortest: float = 2
     first, last = edges[:-1], edges[1:]
     panel = np.searchsorted(starts, first, side="right") - 1
     cta = np.searchsorted(bounds, first, side="right") - 1
-    dense_end = starts[panel] + slabs.dense_slabs.numpy()[panel]
+    dense_end = starts[panel] + dense_slabs[panel]
     n_dense = np.clip(np.minimum(dense_end, last) - first, 0, None)
     empty = np.flatnonzero(np.diff(starts) == 0)  # nothing to multiply, but the bias to write
     panel, first, last, n_dense = (
@@ -103,16 +104,30 @@ def work_plan(slabs: SlabMap, ctas: int, cost: StageCost, *, shortest: float = 2
     stage_owner = np.repeat(owner, lengths)
     stage = np.arange(n) - np.repeat(np.cumsum(stages_per_cta) - stages_per_cta, stages_per_cta)
     at = stages_offset + STAGE * stage
-    word = slabs.words.numpy()[slab]
-    metadata_row = np.cumsum(sparse) - 1
-    table[stage_owner, at] = slab
-    table[stage_owner, at + 1] = np.where(sparse[slab] == 1, metadata_row[slab], -1)
-    table[stage_owner, at + 2] = word & ((1 << _BLOCK_BITS) - 1)
-    table[stage_owner, at + 3] = (word >> _BLOCK_BITS) & ((1 << _BLOCK_BITS) - 1)
+    table[stage_owner, at] = unit[slab]
+    table[stage_owner, at + 1] = metadata_row[slab]
+    table[stage_owner, at + 2] = word[slab] & ((1 << _BLOCK_BITS) - 1)
+    table[stage_owner, at + 3] = (word[slab] >> _BLOCK_BITS) & ((1 << _BLOCK_BITS) - 1)
     return WorkPlan(torch.from_numpy(table), stages_offset, int(shared.sum()), panels)
 
 
 _AHEAD = 32  # kernels read the table up to a ring and one stage ahead of what they need
+
+
+def _line(slabs: SlabMap, halves: bool) -> tuple[np.ndarray, ...]:
+    """What stands in one line: panel starts, and of each slab or half its word, its number and its metadata row (-1: dense);
+    the dense ones of each panel."""
+    starts, word, dense_slabs = slabs.slab_start.numpy(), slabs.words.numpy(), slabs.dense_slabs.numpy()
+    sparse = (word >> 30) & 1
+    metadata_row = np.where(sparse == 1, np.cumsum(sparse) - 1, -1)
+    unit = np.arange(len(word))
+    if not halves:
+        return starts, word, unit, metadata_row, dense_slabs
+    lengths = np.repeat(np.diff(starts), 2)
+    twice = np.concatenate([[0], np.cumsum(lengths)])
+    slab = np.arange(twice[-1]) + np.repeat(np.repeat(starts[:-1], 2) - twice[:-1], lengths)
+    half = np.repeat(np.arange(len(lengths)) % 2, lengths)
+    return twice, word[slab], 2 * slab + half, metadata_row[slab], np.repeat(dense_slabs, 2)
 
 
 def _equal_cuts(costs: np.ndarray, starts: np.ndarray, ctas: int, segment: float) -> np.ndarray:

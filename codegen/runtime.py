@@ -21,7 +21,7 @@ from codegen.formats.slab_map import SlabMap, slab_map, why_not
 from codegen.formats.slabs import DTYPES, Order
 from codegen.gpu import GpuSpec, this_gpu
 from codegen.kernels.expand import block_table, expand
-from codegen.plan import WorkPlan, work_plan
+from codegen.plan import StageCost, WorkPlan, work_plan
 from codegen.schedule import Decode, Gemm, Problem, Schedule
 from patch_compiler.tile_map import TileMap
 
@@ -50,7 +50,7 @@ class Layer:
         self.tile_map, self.dtype, self.order, self.device = tile_map, dtype, order, device
         self.map: SlabMap = slab_map(tile_map)
         self.gpu: GpuSpec = this_gpu(device.index or 0)
-        self._plans: dict[tuple[int, Any], _DevicePlan] = {}
+        self._plans: dict[tuple[int, StageCost, bool], _DevicePlan] = {}
         self._choices: dict[tuple[int, bool], Schedule] = {}
         self._blocks: Tensor | None = None
         self._lock = threading.Lock()
@@ -102,11 +102,11 @@ class Layer:
         reason = s.why_illegal(self.problem(bias=bias is not None), self.gpu)
         if reason is not None:
             raise ValueError(f"schedule {s}: {reason}")
-        tokens, (out_features, in_features), rows = x.shape[0], self.tile_map.shape, self.map.rows
+        tokens, (out_features, in_features), rows = x.shape[0], self.tile_map.shape, s.cta_rows(self.map.rows)
         tiles = -(-tokens // s.tokens)
         placed = self._plan(s)
         plan = placed.plan
-        what = emit.Specialisation(s, rows, str(self.dtype).removeprefix("torch."), bias is not None)
+        what = emit.Specialisation(s, self.map.rows, str(self.dtype).removeprefix("torch."), bias is not None)
         jit = emit.kernel(what, self._made_for())
         partials, counters = _workspace(self.device, plan.parts * tiles * rows * s.tokens, plan.panels * tiles)
         tail = (
@@ -122,20 +122,21 @@ class Layer:
             x = x.clone()
         with torch.cuda.device(self.device):
             if s.family == "hopper":
-                jit[placed.ctas, tiles](*_descriptors(x, values, metadata, s.tokens, rows), *tail, **options)
+                jit[placed.ctas, tiles](*_descriptors(x, values, metadata, s.tokens, rows, self.map.rows), *tail, **options)
             else:
                 jit[placed.ctas, tiles](x, values.view(torch.int32), metadata, *tail, in_features, **options)
 
     def _plan(self, s: Decode) -> _DevicePlan:
         cost = cost_model.stage_cost(s, self.map.rows, self.gpu)
         ctas = self.gpu.sms * s.ctas_per_sm
-        found = self._plans.get((ctas, cost))
+        key = (ctas, cost, s.halves)
+        found = self._plans.get(key)
         if found is None:
             with self._lock:
-                found = self._plans.get((ctas, cost))
+                found = self._plans.get(key)
                 if found is None:
-                    plan = work_plan(self.map, ctas, cost)
-                    found = self._plans[ctas, cost] = _DevicePlan(plan, self._to_device(plan.table), ctas)
+                    plan = work_plan(self.map, ctas, cost, halves=s.halves)
+                    found = self._plans[key] = _DevicePlan(plan, self._to_device(plan.table), ctas)
         return found
 
     def _to_device(self, table: Tensor) -> Tensor:
@@ -154,7 +155,8 @@ class Layer:
         )
 
 
-def _descriptors(x: Tensor, values: Tensor, metadata: Tensor, tokens: int, rows: int) -> tuple[Any, Any, Any]:
+def _descriptors(x: Tensor, values: Tensor, metadata: Tensor, tokens: int, rows: int, panel_rows: int) -> tuple[Any, Any, Any]:
+    """For TMA. rows: that one program computes, of a panel of panel_rows."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -163,8 +165,8 @@ def _descriptors(x: Tensor, values: Tensor, metadata: Tensor, tokens: int, rows:
         return TensorDescriptor(t, list(t.shape), list(t.stride()), block, layout)
 
     # TMA has no empty tensors. What stands for one is never read, so any memory will do; a fill would be a launch of its own
-    values = values.view(-1, 64) if values.numel() else x.new_empty((rows, 64))
-    metadata = metadata.view(-1, 2 * rows) if metadata.numel() else values.view(torch.int32).view(-1, 2 * rows)
+    values = values.view(-1, 64) if values.numel() else x.new_empty((panel_rows, 64))
+    metadata = (metadata if metadata.numel() else values.view(torch.int32)).view(-1, 2 * panel_rows)
     return describe(x, [tokens, 64], 128), describe(values, [rows, 64], 128), describe(metadata, [2, 2 * rows], 0)
 
 

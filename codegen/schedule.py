@@ -48,7 +48,8 @@ class Decode:
 
     tokens: width of the token tile; more tokens take more tiles, each reads the weights again. stages: slabs in flight.
     ctas_per_sm: programs resident on one SM. early_start: programmatic dependent launch (weights are fetched while the
-    kernel before still runs).
+    kernel before still runs). halves: panels of 128 rows are computed as two of 64: work is dealt in smaller pieces and a
+    panel has fewer parts to add up, but X is copied to shared memory twice as often.
     """
 
     family: Literal["hopper", "stream"]
@@ -56,18 +57,24 @@ class Decode:
     stages: int
     ctas_per_sm: int = 1
     early_start: bool = False
+    halves: bool = False
 
     def __str__(self) -> str:
-        start = " early" if self.early_start else ""
-        return f"{self.family} {self.tokens}t x{self.stages} {self.ctas_per_sm}/SM{start}"
+        words = (" early" if self.early_start else "") + (" halves" if self.halves else "")
+        return f"{self.family} {self.tokens}t x{self.stages} {self.ctas_per_sm}/SM{words}"
+
+    def cta_rows(self, rows: int) -> int:
+        """Rows of a panel that one program computes, of a panel of so many."""
+        return rows // 2 if self.halves else rows
 
     def stage_bytes(self, rows: int) -> int:
-        """Shared memory of one slot of the ring: a sparse slab and its metadata, two blocks of X."""
+        """Shared memory of one slot of the ring: a sparse slab and its metadata, two blocks of X. rows: of a panel."""
+        rows = self.cta_rows(rows)
         return rows * 128 + rows * 16 + 2 * self.tokens * 128
 
     def shared_bytes(self, rows: int) -> int:
         # two barriers a stage, 1 KB that the launch itself takes from every CTA's share, and where outputs change places
-        turn = 32 * rows if self.family == "hopper" and self.tokens >= 32 else 0
+        turn = 32 * self.cta_rows(rows) if self.family == "hopper" and self.tokens >= 32 else 0
         return self.stages * (self.stage_bytes(rows) + 16) + 2048 + turn
 
     def why_illegal(self, problem: Problem, gpu: GpuSpec) -> str | None:
@@ -82,6 +89,8 @@ class Decode:
             return f"needs sm_90 and Triton 3.9, here is sm_{gpu.capability} and Triton {gpu.triton}"
         if self.family == "stream" and gpu.capability < 80:
             return f"needs sm_80, here is sm_{gpu.capability}"
+        if self.halves and (self.family != "hopper" or problem.slabs.rows != 128):
+            return "only the hopper kernels halve panels, and only those of 128 rows"
         if self.early_start and gpu.capability < 90:
             return f"programmatic dependent launch needs sm_90, here is sm_{gpu.capability}"
         if self.family == "stream" and (self.early_start or self.tokens > 64):
@@ -144,3 +153,6 @@ def _all_schedules(gpu: GpuSpec, tokens: int) -> Iterator[Schedule]:
     for ctas_per_sm in (1, 2):
         for stages in STAGE_COUNTS:
             yield Decode(family, tile, stages, ctas_per_sm, early_start=family == "hopper")
+    if family == "hopper" and tile <= 32:  # of more tokens too much would be copied twice
+        for stages in (s for s in STAGE_COUNTS if s >= 4):
+            yield Decode(family, tile, stages, 1, early_start=True, halves=True)

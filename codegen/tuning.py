@@ -239,7 +239,7 @@ def _entry(record: dict[str, Any]) -> Entry:
 
 _KINDS: dict[str, type[Decode] | type[Gemm] | type[Reference]] = {"decode": Decode, "gemm": Gemm, "reference": Reference}
 _TYPES: dict[str, type] = {
-    "family": str, "tokens": int, "stages": int, "ctas_per_sm": int, "early_start": bool, "expand": bool,
+    "family": str, "tokens": int, "stages": int, "ctas_per_sm": int, "early_start": bool, "halves": bool, "expand": bool,
 }  # fmt: skip
 
 

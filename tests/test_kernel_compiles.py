@@ -67,9 +67,9 @@ from codegen.schedule import Decode
 
 directory = pathlib.Path(sys.argv[1])
 for case in sys.argv[2:]:
-    capability, family, dtype, rows, tokens, stages, ctas_per_sm, early = case.split(":")
+    capability, family, dtype, rows, tokens, stages, ctas_per_sm, early, halves = case.split(":")
     rows, tokens = int(rows), int(tokens)
-    schedule = Decode(family, tokens, int(stages), int(ctas_per_sm), early == "True")
+    schedule = Decode(family, tokens, int(stages), int(ctas_per_sm), early == "True", halves == "True")
     what = emit.Specialisation(schedule, rows, {"bf16": "bfloat16", "fp16": "float16"}[dtype], True)
     module = emit._load(emit.emit(what, directory=directory))
     pointers = {"y_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}", "partials_ptr": "*fp32"}
@@ -79,8 +79,9 @@ for case in sys.argv[2:]:
     if family == "hopper":
         function, weights = module.hopper_decode, gl.NVMMASharedLayout(128, 16, 2)
         head = {"x_desc": f"tensordesc<{dtype}[{tokens},64],{weights}>"}
-        head["values_desc"] = f"tensordesc<{dtype}[{rows},64],{weights}>"
-        head["metadata_desc"] = f"tensordesc<i32[2,{rows * 2}],{gl.NVMMASharedLayout(0, 32, 2)}>"
+        cta_rows = schedule.cta_rows(rows)
+        head["values_desc"] = f"tensordesc<{dtype}[{cta_rows},64],{weights}>"
+        head["metadata_desc"] = f"tensordesc<i32[2,{cta_rows * 2}],{gl.NVMMASharedLayout(0, 32, 2)}>"
         signature, aligned = head | pointers | sizes, range(3, 8)
         options |= {"launch_pdl": True} if schedule.early_start else {}
         options |= {"maxnreg": 80} if schedule.ctas_per_sm > 1 else {}
@@ -137,12 +138,14 @@ def test_the_expand_kernel() -> None:
 
 
 def cases(family: str, capabilities: tuple[int, ...], text: str) -> list[str]:
-    """Lines of "dtype rows tokens stages programs-per-SM early", dealt to the capabilities in turn or, with *, to each."""
+    """Lines of "dtype rows tokens stages programs-per-SM early|late|halves", dealt to the capabilities in turn or, with *,
+    to each. halves: early too."""
     found = []
     for number, line in enumerate(text.split("\n")):
         dtype, rows, tokens, stages, ctas, early, *every = line.split()
+        flags = str(early != "late"), str(early == "halves")
         for capability in capabilities if every else (capabilities[number % len(capabilities)],):
-            found.append(":".join((str(capability), family, dtype, rows, tokens, stages, ctas, str(early == "early"))))
+            found.append(":".join((str(capability), family, dtype, rows, tokens, stages, ctas, *flags)))
     return found
 
 
@@ -171,7 +174,9 @@ bf16 128 8 4 2 early
 fp16 64 8 6 2 early
 bf16 64 16 5 2 early
 fp16 128 16 4 2 early
-bf16 128 16 3 2 late"""
+bf16 128 16 3 2 late
+bf16 128 8 10 1 halves
+fp16 128 32 6 1 halves"""
 
 
 def shared_as_promised(kernel: Compiled) -> bool:
@@ -201,6 +206,6 @@ def test_the_hopper_kernels(half: int, tmp_path: Path) -> None:
         sparse = sum(i.startswith("HGMMA") and ".SP" in i for i in kernel.instructions)
         assert kernel.count("HGMMA") > sparse > 0, kernel
         assert kernel.count("UTMALDG"), kernel
-        assert bool(kernel.count("ACQBULK")) == (":True:" in kernel.name), kernel
+        assert bool(kernel.count("ACQBULK")) == (kernel.name.split(":")[7] == "True"), kernel
         assert not kernel.spills, kernel
         assert shared_as_promised(kernel), kernel

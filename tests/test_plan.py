@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from codegen.formats.slab_map import SlabMap, slab_map
-from codegen.formats.slabs import Slabs, to_slabs
+from codegen.formats.slabs import Slabs, from_slabs, to_slabs
 from codegen.plan import HEADER, SEGMENT, STAGE, StageCost, WorkPlan, work_plan
 from codegen.schedule import MOST_STAGES
 from patch_compiler import HardMask, TileKind, TileMap, pack
@@ -200,10 +200,13 @@ def dense_slab_columns(slabs: Slabs) -> list[tuple[Tensor, int]]:
     return found
 
 
-def run_plan(plan: WorkPlan, slabs: Slabs, x: Tensor) -> Tensor:
-    """Y [T, M] in float64: each CTA multiplies its stages, parts are added in the plan's order by the last to arrive."""
+def run_plan(plan: WorkPlan, slabs: Slabs, x: Tensor, split: bool = False) -> Tensor:
+    """Y [T, M] in float64: each CTA multiplies its stages, parts are added in the plan's order by the last to arrive.
+
+    split: a plan of half panels.
+    """
     out_features, in_features = slabs.tile_map.shape
-    rows, blocks = slabs.map.rows, -(-in_features // 64)
+    rows, blocks = slabs.map.rows // (2 if split else 1), -(-in_features // 64)
     padded = torch.nn.functional.pad(x.double(), (0, blocks * 64 - in_features))
     halves = {place: part for part, place in dense_slab_columns(slabs)}
     partials = torch.full((max(plan.parts, 1), rows, x.shape[0]), float("nan"), dtype=torch.float64)
@@ -216,7 +219,9 @@ def run_plan(plan: WorkPlan, slabs: Slabs, x: Tensor) -> Tensor:
         for i, (slab, _, first, second) in enumerate(segment.stages):
             for half, block in enumerate((first,) if i < segment.dense else (first, second)):
                 if block < blocks:  # beyond K there are zeros
-                    acc += halves[slab * 2 + half] @ padded[:, block * 64 : block * 64 + 64].T
+                    part = halves[slab // 2 * 2 + half] if split else halves[slab * 2 + half]
+                    part = part[slab % 2 * rows :][:rows] if split else part
+                    acc += part @ padded[:, block * 64 : block * 64 + 64].T
         if segment.parts > 1:
             partials[segment.part] = acc
             counters[segment.panel] += 1
@@ -247,3 +252,16 @@ def test_running_a_plan_with_many_shared_panels_gives_the_product() -> None:
     plan = work_plan(slabs.map, 16, COST)
     assert plan.parts >= 16
     torch.testing.assert_close(run_plan(plan, slabs, x), x @ unpack(packed).double().T, atol=1e-9, rtol=1e-9)
+
+
+@settings(max_examples=25, deadline=None)
+@given(mask=hard_masks(largest=700, tiles=((128, 128), (128, 64))), ctas=all_ctas, seed=st.integers(0, 2**31))
+def test_half_panels_are_dealt_like_panels(mask, ctas: int, seed: int) -> None:
+    slabs = to_slabs(pack(random_weight(mask.tile_map.shape, torch.bfloat16, seed), mask), "rows")
+    plan = work_plan(slabs.map, ctas, COST, halves=True)
+    stages = [(s.panel, *stage) for mine in segments_of(plan) for s in mine for stage in s.stages]
+    assert sorted(unit for _, unit, *_ in stages) == list(range(2 * slabs.map.slabs))
+    assert all(panel == 2 * int(slabs.map.panel[unit // 2]) + unit % 2 for panel, unit, *_ in stages)
+    x = random_weight((5, mask.tile_map.shape[1]), torch.bfloat16, seed + 1)
+    y = run_plan(plan, slabs, x, split=True)
+    torch.testing.assert_close(y, x.double() @ unpack(from_slabs(slabs)).double().T, atol=1e-9, rtol=1e-9)

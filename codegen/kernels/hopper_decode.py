@@ -30,6 +30,7 @@ TOKENS = gl.constexpr(16)  # of the token tile; X is padded with zeros by TMA
 STAGES = gl.constexpr(8)  # slabs in flight
 PARTS_AT_ONCE = gl.constexpr(4)  # loads in flight when parts are added up
 HAS_BIAS = gl.constexpr(False)
+HALVES = gl.constexpr(False)  # ROWS is half a panel's: slabs are counted in halves
 EARLY_START = gl.constexpr(False)  # programmatic dependent launch: fetch weights while the kernel before still runs
 SPARSE_PRODUCT = gl.constexpr(wgmma_sp.slab_product(16, "bf16"))
 SPARSE_OPERANDS = gl.constexpr(wgmma_sp.slab_constraints(16))
@@ -50,7 +51,8 @@ def _fetch_weights(values_desc, metadata_desc, slab, metadata_row, exists, slot,
     mbarrier.expect(barrier, dense_bytes, pred=exists & (metadata_row < 0))
     mbarrier.expect(barrier, sparse_bytes, pred=sparse)
     tma.async_load(values_desc, [slab * ROWS, 0], barrier, values.index(slot), pred=exists)
-    tma.async_load(metadata_desc, [metadata_row * 2, 0], barrier, metadata.index(slot), pred=sparse)
+    lane = (slab % 2) * (ROWS * 2) if HALVES else 0
+    tma.async_load(metadata_desc, [metadata_row * 2, lane], barrier, metadata.index(slot), pred=sparse)
 
 
 @gluon.jit
@@ -201,7 +203,8 @@ def hopper_decode(
     x_desc, values_desc, metadata_desc, y_ptr, bias_ptr, partials_ptr, counters_ptr, plan_ptr, plan_stride, stages_offset,
     parts, panels, tokens, out_features,
 ):  # fmt: skip
-    """x [tokens, K], values [slabs * ROWS, 64], metadata [sparse slabs * 2, 2 * ROWS] through TMA; y [tokens, out_features].
+    """x [tokens, K], values [slabs * rows, 64], metadata [sparse slabs * 2, 2 * rows] through TMA, rows of a panel; y [tokens,
+    out_features].
 
     Grid: rows of the plan, token tiles; ROWS / 16 warps. partials: float32, `parts` of ROWS * TOKENS for each token tile;
     counters: int32, `panels` for each token tile, zero before and after.

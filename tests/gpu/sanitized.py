@@ -22,8 +22,8 @@ def main() -> None:
         for tile, shape in (((128, 128), (300, 1096)), ((64, 64), (200, 600))):
             for dtype, tokens in ((torch.bfloat16, 8), (torch.float16, 64)):
                 case = Case(random_hard_mask(shape, tile), dtype, ORDER[family])
-                for early in (False, True):
-                    schedule = Decode(family, tokens, 3, early_start=early)  # type: ignore[arg-type]
+                for early, halves in ((False, False), (True, False), (False, True)):
+                    schedule = Decode(family, tokens, 3, 1, early, halves)  # type: ignore[arg-type]
                     if schedule.why_illegal(case.layer.problem(), this_gpu()) is not None:
                         continue
                     x = case.x(tokens - 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -75,6 +76,9 @@ def test_against_float64(family: str, tile: tuple[int, int], dtype: torch.dtype)
                 continue
             x = case.x(tokens)
             assert case.error(x, case(x, s)) < TOLERANCE[dtype], (shape, tokens)
+            halved = replace(s, halves=True)
+            if halved.why_illegal(case.layer.problem(), this_gpu()) is None:
+                assert case.error(x, case(x, halved)) < TOLERANCE[dtype], (shape, tokens, "halves")
 
 
 @pytest.mark.parametrize(
@@ -99,8 +103,8 @@ def test_every_schedule_gives_the_same_bits_each_time(family: str) -> None:
     for tokens in TOKEN_TILES:
         for stages in (3, 5, 8):
             for ctas_per_sm in (1, 2):
-                for early in (False, True):
-                    s = schedule(family, tokens, stages, ctas_per_sm=ctas_per_sm, early_start=early)
+                for early, halves in ((False, False), (True, False), (True, True)):
+                    s = schedule(family, tokens, stages, ctas_per_sm=ctas_per_sm, early_start=early, halves=halves)
                     if s.why_illegal(problem, gpu) is not None:
                         continue
                     x = case.x(tokens - tokens // 3)
