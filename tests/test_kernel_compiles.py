@@ -159,8 +159,8 @@ bf16 64 8 5 2 late
 bf16 128 32 3 1 late"""
 
 HOPPER = """\
-bf16 64 8 4 1 late
-bf16 128 8 6 1 early
+bf16 64 8 16 1 late
+bf16 128 8 10 1 early
 bf16 64 16 6 1 early
 bf16 128 16 8 1 late
 fp16 128 16 8 1 early

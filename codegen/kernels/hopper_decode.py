@@ -37,6 +37,8 @@ SPARSE_OPERANDS = gl.constexpr(wgmma_sp.slab_constraints(16))
 # --- end of schedule ---
 
 WARPS = gl.constexpr(ROWS // 16)
+# the first ring's rows of the table, four registers each; what is given in steps of eight
+PRODUCER_REGISTERS = gl.constexpr(max(64, (24 + 6 * STAGES.value + 7) // 8 * 8))
 HEADER = gl.constexpr(8)
 SEGMENT = gl.constexpr(8)
 
@@ -250,7 +252,7 @@ def hopper_decode(
             (_produce, (x_desc, values_desc, metadata_desc, plan + stages_offset, n_stages, values, metadata, x, ready, empty)),
         ],
         [1],
-        [64],
+        [PRODUCER_REGISTERS],
     )
     values._keep_alive()
     metadata._keep_alive()
