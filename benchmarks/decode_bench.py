@@ -124,7 +124,7 @@ class Bench:
         self.weight_fp32 = self.weight.float()
         self.library.forget()
 
-    def rows(self, case: Case, point: Point, copy_gb_s: float) -> list[dict[str, Any]]:
+    def rows(self, case: Case, point: Point, read_gb_s: float) -> list[dict[str, Any]]:
         """Check, then time; one row for each layer that the case stands for. Raises WrongResult."""
         t, (m, k) = point.tokens, self.shape
         x, y = normal(t, k), normal(t, m)
@@ -142,7 +142,7 @@ class Bench:
         found = {name: timings[name] for name in calls}
         found.setdefault("isolated", found["early"])
         found.setdefault("with_dense", found["early"])
-        row = self._row(case, point, found, copy_gb_s) | {"relative_error": float(f"{wrong:.3g}"), "cusparselt": None}
+        row = self._row(case, point, found, read_gb_s) | {"relative_error": float(f"{wrong:.3g}"), "cusparselt": None}
         if sparse_calls:
             fastest = min(sparse_calls, key=lambda name: timings[name].us)
             row["cusparselt"] = {"us": round(timings[fastest].us, 3), "algorithm": fastest, **sparse_facts}
@@ -165,13 +165,13 @@ class Bench:
             raise WrongResult(f"{case}, T = {x.shape[0]}, {schedule}: relative error {error:.3g}, allowed {TOLERANCE}")
         return error
 
-    def _row(self, case: Case, point: Point, found: dict[str, Timing], copy_gb_s: float) -> dict[str, Any]:
+    def _row(self, case: Case, point: Point, found: dict[str, Timing], read_gb_s: float) -> dict[str, Any]:
         (m, k), t = self.shape, point.tokens
         around = t * (m + k) * DTYPE.itemsize
         nbytes, dense_bytes = self.layer.map.nbytes(DTYPE) + around, m * k * DTYPE.itemsize + around
         us = {name: round(timing.us, 3) for name, timing in found.items()}
         ours = {name: timing for name, timing in found.items() if name != "cublas"}
-        bound = nbytes / copy_gb_s / 1e3
+        bound = nbytes / read_gb_s / 1e3
         return {
             "shape": [m, k], "map": case.map, "sparsity": case.sparsity, "sparsity_reached": round(case.tile_map.sparsity, 4),
             "tokens": t, "schedule": str(point.packed), "schedule_with_dense": str(point.with_dense), "us": us,
