@@ -86,7 +86,7 @@ class Bench:
     """All there is to time for one shape [M, K]: dense copies made once, packed ones for each tile map."""
 
     def __init__(self, shape: tuple[int, int], gpu: GpuSpec, library: Library) -> None:
-        self.shape, self.gpu, self.library = shape, gpu, library
+        self.shape, self.gpu, self.cusparselt = shape, gpu, library
         self.order: Order = "rows" if gpu.runs_hopper else "fragments"
         self.dense = [normal(*shape) for _ in range(copies(shape[0] * shape[1] * DTYPE.itemsize))]
 
@@ -122,7 +122,7 @@ class Bench:
             self.packed.append((values.view(map_.slabs, map_.rows, 64), random_metadata(map_.sparse_slabs, map_.rows)))
         self.weight = self.layer.dense(*self.packed[0])
         self.weight_fp32 = self.weight.float()
-        self.library.forget()
+        self.cusparselt.forget()
 
     def rows(self, case: Case, point: Point, read_gb_s: float) -> list[dict[str, Any]]:
         """Check, then time; one row for each layer that the case stands for. Raises WrongResult."""
@@ -137,7 +137,7 @@ class Bench:
                 calls[name] = [partial(self.layer.run, y, x, v, i, None, schedule=schedule) for v, i in self.packed]
         if point.with_dense != point.packed:
             calls["with_dense"] = self._with_dense(case, point.with_dense, x, y, wanted)
-        sparse_calls, sparse_facts = self.library.calls(self, x, wanted) if case.sparsity == 50 else ({}, {})
+        sparse_calls, sparse_facts = self.cusparselt.calls(self, x, wanted) if case.sparsity == 50 else ({}, {})
         timings = measure(calls | sparse_calls, ROUNDS)
         found = {name: timings[name] for name in calls}
         found.setdefault("isolated", found["early"])
