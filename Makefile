@@ -39,7 +39,7 @@ gpu: $(NEEDS_INSTALL)
 	$(RUN) -m benchmarks.pick_quality
 	$(RUN) -m benchmarks.compile_time
 
-# Every decode kernel under compute-sanitizer (which comes with CUDA).
+# The decode kernels under compute-sanitizer (which comes with CUDA).
 sanitize: $(NEEDS_INSTALL)
 	compute-sanitizer --tool memcheck --error-exitcode 1 $(RUN) -m tests.gpu.sanitized
 	compute-sanitizer --tool racecheck --error-exitcode 1 $(RUN) -m tests.gpu.sanitized

@@ -65,7 +65,7 @@ def distinct(points: Sequence[Point]) -> list[Decode]:
 
 
 def measure_all(
-    work: Sequence[tuple[Case, list[Point]]], gpu: GpuSpec, library: Library, copy_gb_s: float, deadline: float | None
+    work: Sequence[tuple[Case, list[Point]]], gpu: GpuSpec, library: Library, read_gb_s: float, deadline: float | None
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Rows, and what was not measured and why. Raises WrongResult."""
     rows: list[dict[str, Any]] = []
@@ -102,7 +102,7 @@ def measure_all(
                     skipped.append(f"{case}, T = {point.tokens}: the budget was spent")
                     continue
                 try:
-                    rows += bench.rows(case, point, copy_gb_s)
+                    rows += bench.rows(case, point, read_gb_s)
                 except WrongResult:
                     raise
                 except Exception as error:
@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
         rates, library = ceilings(), Library()
         deadline = begin + args.budget if args.budget is not None else None
         try:
-            rows, skipped = measure_all(work, gpu, library, rates["copy_gb_s"], deadline)
+            rows, skipped = measure_all(work, gpu, library, rates["read_gb_s"], deadline)
         except WrongResult as error:
             print(f"error: {error}; nothing was written", file=sys.stderr)
             return 1

@@ -86,7 +86,7 @@ class Bench:
     """All there is to time for one shape [M, K]: dense copies made once, packed ones for each tile map."""
 
     def __init__(self, shape: tuple[int, int], gpu: GpuSpec, library: Library) -> None:
-        self.shape, self.gpu, self.library = shape, gpu, library
+        self.shape, self.gpu, self.cusparselt = shape, gpu, library
         self.order: Order = "rows" if gpu.runs_hopper else "fragments"
         self.dense = [normal(*shape) for _ in range(copies(shape[0] * shape[1] * DTYPE.itemsize))]
 
@@ -122,9 +122,9 @@ class Bench:
             self.packed.append((values.view(map_.slabs, map_.rows, 64), random_metadata(map_.sparse_slabs, map_.rows)))
         self.weight = self.layer.dense(*self.packed[0])
         self.weight_fp32 = self.weight.float()
-        self.library.forget()
+        self.cusparselt.forget()
 
-    def rows(self, case: Case, point: Point, copy_gb_s: float) -> list[dict[str, Any]]:
+    def rows(self, case: Case, point: Point, read_gb_s: float) -> list[dict[str, Any]]:
         """Check, then time; one row for each layer that the case stands for. Raises WrongResult."""
         t, (m, k) = point.tokens, self.shape
         x, y = normal(t, k), normal(t, m)
@@ -137,12 +137,12 @@ class Bench:
                 calls[name] = [partial(self.layer.run, y, x, v, i, None, schedule=schedule) for v, i in self.packed]
         if point.with_dense != point.packed:
             calls["with_dense"] = self._with_dense(case, point.with_dense, x, y, wanted)
-        sparse_calls, sparse_facts = self.library.calls(self, x, wanted) if case.sparsity == 50 else ({}, {})
+        sparse_calls, sparse_facts = self.cusparselt.calls(self, x, wanted) if case.sparsity == 50 else ({}, {})
         timings = measure(calls | sparse_calls, ROUNDS)
         found = {name: timings[name] for name in calls}
         found.setdefault("isolated", found["early"])
         found.setdefault("with_dense", found["early"])
-        row = self._row(case, point, found, copy_gb_s) | {"relative_error": float(f"{wrong:.3g}"), "cusparselt": None}
+        row = self._row(case, point, found, read_gb_s) | {"relative_error": float(f"{wrong:.3g}"), "cusparselt": None}
         if sparse_calls:
             fastest = min(sparse_calls, key=lambda name: timings[name].us)
             row["cusparselt"] = {"us": round(timings[fastest].us, 3), "algorithm": fastest, **sparse_facts}
@@ -165,13 +165,13 @@ class Bench:
             raise WrongResult(f"{case}, T = {x.shape[0]}, {schedule}: relative error {error:.3g}, allowed {TOLERANCE}")
         return error
 
-    def _row(self, case: Case, point: Point, found: dict[str, Timing], copy_gb_s: float) -> dict[str, Any]:
+    def _row(self, case: Case, point: Point, found: dict[str, Timing], read_gb_s: float) -> dict[str, Any]:
         (m, k), t = self.shape, point.tokens
         around = t * (m + k) * DTYPE.itemsize
         nbytes, dense_bytes = self.layer.map.nbytes(DTYPE) + around, m * k * DTYPE.itemsize + around
         us = {name: round(timing.us, 3) for name, timing in found.items()}
         ours = {name: timing for name, timing in found.items() if name != "cublas"}
-        bound = nbytes / copy_gb_s / 1e3
+        bound = nbytes / read_gb_s / 1e3
         return {
             "shape": [m, k], "map": case.map, "sparsity": case.sparsity, "sparsity_reached": round(case.tile_map.sparsity, 4),
             "tokens": t, "schedule": str(point.packed), "schedule_with_dense": str(point.with_dense), "us": us,

@@ -1,7 +1,7 @@
 """The decode benchmark as a picture: how close each launch comes to the memory's bandwidth. SVG, written by hand.
 
 One field for each model and sparsity: across, the number of tokens; upwards, GB/s of the bytes a launch must read and write.
-Lines: the packed launch (with early start) and, thin, cuBLAS reading its dense weight; dashed, what a copy reaches.
+Lines: the packed launch (with early start) and, thin, cuBLAS reading its dense weight; dashed, what reading alone reaches.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def roofline(record: Mapping[str, Any]) -> str:
     models = list(dict.fromkeys(row["model"] for row in rows))
     sparsities = sorted({row["sparsity"] for row in rows})
     layers = list(dict.fromkeys(row["layer"] for row in rows))
-    ceiling = record["ceilings"]["copy_gb_s"]
+    ceiling = record["ceilings"]["read_gb_s"]
     highest = 1.15 * max([ceiling, *(row["gb_s"] for row in rows), *(row["cublas_gb_s"] for row in rows)])
     colour = {layer: COLOURS[i % len(COLOURS)] for i, layer in enumerate(layers)}
     width, height = max(WIDTH * len(sparsities), 720) + 20, HEAD + HEIGHT * len(models) + FOOT
@@ -34,7 +34,7 @@ def roofline(record: Mapping[str, Any]) -> str:
         'font-family="sans-serif" font-size="10" fill="#222">',
         f'<rect width="{width}" height="{height}" fill="#fff"/>',
         _text(12, 18, f"Decode on {record['provenance']['device']}: GB/s of the bytes a launch must move", size=14),
-        _text(12, 34, f"{map_} tile maps, T tokens; thick: packed, thin grey: cuBLAS, dashed: device-to-device copy"),
+        _text(12, 34, f"{map_} tile maps, T tokens; thick: packed, thin grey: cuBLAS, dashed: reading alone"),
         *_legend(colour),
     ]
     for i, model in enumerate(models):

@@ -101,6 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             targets, TOKENS, out=Path(scratch) / "table.json", budget=args.budget, record=record, progress=sys.stderr.isatty()
         )
     picks = picks_of(measurements_of(record, gpu))
+    if not picks:
+        print("nothing was measured: the budget is too small")
+        return 1
     rows = [
         (f"{p.shape[0]}x{p.shape[1]}", p.sparsity, p.tokens, p.picked, p.picked_us, p.best, p.best_us, f"{p.regret:.1%}")
         for p in sorted(picks, key=lambda p: -p.regret)

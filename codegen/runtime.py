@@ -7,10 +7,9 @@ for, so that operators, modules and graphs share it and nothing keeps a weight a
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,14 +20,17 @@ from codegen.formats.slab_map import SlabMap, slab_map, why_not
 from codegen.formats.slabs import DTYPES, Order
 from codegen.gpu import GpuSpec, this_gpu
 from codegen.kernels.expand import block_table, expand
-from codegen.plan import StageCost, WorkPlan, work_plan
+from codegen.plan import WorkPlan, work_plan
 from codegen.schedule import Decode, Gemm, Problem, Schedule
+from codegen.workspace import Workspaces, to_stay
 from patch_compiler.tile_map import TileMap
 
 
 def order_for(device: torch.device, dtype: torch.dtype, tile_map: TileMap) -> Order | None:
     """In which order a weight's slabs should lie on this device; None where nothing runs slabs."""
-    if device.type != "cuda" or dtype not in DTYPES or why_not(tile_map) is not None or tile_map.shape[1] % 8:
+    if device.type != "cuda" or torch.version.hip is not None:  # the kernels hold NVIDIA's instructions
+        return None
+    if dtype not in DTYPES or why_not(tile_map) is not None or tile_map.shape[1] % 8:
         return None
     gpu = this_gpu(device.index if device.index is not None else torch.cuda.current_device())
     if gpu.runs_hopper:
@@ -37,10 +39,17 @@ def order_for(device: torch.device, dtype: torch.dtype, tile_map: TileMap) -> Or
 
 
 @dataclass(frozen=True)
-class _DevicePlan:
+class _Launch:
+    """What a schedule's launches of one layer have in common."""
+
+    jit: Any
     plan: WorkPlan
     table: Tensor
-    ctas: int
+    options: dict[str, Any]
+
+
+_workspaces = Workspaces()
+_MOST_CHOICES = 8192  # a server sees many different T
 
 
 class Layer:
@@ -50,7 +59,7 @@ class Layer:
         self.tile_map, self.dtype, self.order, self.device = tile_map, dtype, order, device
         self.map: SlabMap = slab_map(tile_map)
         self.gpu: GpuSpec = this_gpu(device.index or 0)
-        self._plans: dict[tuple[int, StageCost, bool], _DevicePlan] = {}
+        self._launches: dict[tuple[Decode, bool], _Launch] = {}
         self._choices: dict[tuple[int, bool], Schedule] = {}
         self._blocks: Tensor | None = None
         self._lock = threading.Lock()
@@ -63,6 +72,8 @@ class Layer:
         found = self._choices.get((tokens, dense_weight))
         if found is None:
             found = tuning.pick(self.problem(dense_weight=dense_weight), self.gpu, tokens)
+            if len(self._choices) >= _MOST_CHOICES:
+                self._choices.clear()
             self._choices[tokens, dense_weight] = found
         return found
 
@@ -79,64 +90,62 @@ class Layer:
             return
         if schedule is None:
             schedule = self.schedule(x.shape[0], bool(dense))
-        if isinstance(schedule, Gemm):
-            first = 0
-            for weight in dense if dense and not schedule.expand else [self.dense(values, metadata)]:
-                part = slice(first, first := first + weight.shape[0])
-                if bias is None:
-                    torch.mm(x, weight.t(), out=y[:, part])
-                else:
-                    torch.addmm(bias[part], x, weight.t(), out=y[:, part])
-        elif isinstance(schedule, Decode):
-            self._launch(schedule, y, x, values, metadata, bias)
-        else:
-            raise ValueError(f"schedule {schedule}: the weight is held as slabs")
+        with torch.cuda.device_of(x):
+            if isinstance(schedule, Gemm):
+                first = 0
+                for weight in dense if dense and not schedule.expand else [self.dense(values, metadata)]:
+                    part = slice(first, first := first + weight.shape[0])
+                    if bias is None:
+                        torch.mm(x, weight.t(), out=y[:, part])
+                    else:
+                        torch.addmm(bias[part], x, weight.t(), out=y[:, part])
+            elif isinstance(schedule, Decode):
+                self._launch(schedule, y, x, values, metadata, bias)
+            else:
+                raise ValueError(f"schedule {schedule}: the weight is held as slabs")
 
     def dense(self, values: Tensor, metadata: Tensor) -> Tensor:
         """A dense copy of W [M, K], +0.0 where nothing is kept."""
-        if self._blocks is None:
-            self._blocks = self._to_device(block_table(self.map, self.tile_map.shape[1]))
-        return expand(values, metadata, self._blocks, self.order, *self.tile_map.shape)
+        with torch.cuda.device_of(values):
+            if self._blocks is None:
+                self._blocks = self._to_device(block_table(self.map, self.tile_map.shape[1]))
+            return expand(values, metadata, self._blocks, self.order, *self.tile_map.shape)
 
     def _launch(self, s: Decode, y: Tensor, x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None) -> None:
-        reason = s.why_illegal(self.problem(bias=bias is not None), self.gpu)
-        if reason is not None:
-            raise ValueError(f"schedule {s}: {reason}")
+        launch = self._launches.get((s, bias is not None)) or self._prepare(s, bias is not None)
         tokens, (out_features, in_features), rows = x.shape[0], self.tile_map.shape, s.cta_rows(self.map.rows)
-        tiles = -(-tokens // s.tokens)
-        placed = self._plan(s)
-        plan = placed.plan
-        what = emit.Specialisation(s, self.map.rows, str(self.dtype).removeprefix("torch."), bias is not None)
-        jit = emit.kernel(what, self._made_for())
-        partials, counters = _workspace(self.device, plan.parts * tiles * rows * s.tokens, plan.panels * tiles)
+        tiles, plan, table = -(-tokens // s.tokens), launch.plan, launch.table
+        partials, counters = _workspaces.get(self.device, plan.parts * tiles * rows * s.tokens, plan.panels * tiles)
         tail = (
-            y, y if bias is None else bias, partials, counters, placed.table, placed.table.shape[1], plan.stages_offset,
-            plan.parts, plan.panels, tokens, out_features,
+            y, y if bias is None else bias, partials, counters, table, table.shape[1], plan.stages_offset, plan.parts,
+            plan.panels, tokens, out_features,
         )  # fmt: skip
-        options: dict[str, Any] = {"num_warps": what.warps}
-        if s.early_start:
-            options["launch_pdl"] = True
-        if s.ctas_per_sm > 1 and s.family == "hopper":
-            options["maxnreg"] = 80  # twelve warps twice
         if x.data_ptr() % 16:
             x = x.clone()
-        with torch.cuda.device(self.device):
-            if s.family == "hopper":
-                jit[placed.ctas, tiles](*_descriptors(x, values, metadata, s.tokens, rows, self.map.rows), *tail, **options)
-            else:
-                jit[placed.ctas, tiles](x, values.view(torch.int32), metadata, *tail, in_features, **options)
+        grid = table.shape[0], tiles
+        if s.family == "hopper":
+            launch.jit[grid](*_descriptors(x, values, metadata, s.tokens, rows, self.map.rows), *tail, **launch.options)
+        else:
+            launch.jit[grid](x, values.view(torch.int32), metadata, *tail, in_features, **launch.options)
 
-    def _plan(self, s: Decode) -> _DevicePlan:
-        cost = cost_model.stage_cost(s, self.map.rows, self.gpu)
-        ctas = self.gpu.sms * s.ctas_per_sm
-        key = (ctas, cost, s.halves)
-        found = self._plans.get(key)
-        if found is None:
-            with self._lock:
-                found = self._plans.get(key)
-                if found is None:
-                    plan = work_plan(self.map, ctas, cost, halves=s.halves)
-                    found = self._plans[key] = _DevicePlan(plan, self._to_device(plan.table), ctas)
+    def _prepare(self, s: Decode, bias: bool) -> _Launch:
+        """Check, plan and emit, once. Raises ValueError if the schedule is illegal here."""
+        reason = s.why_illegal(self.problem(bias=bias), self.gpu)
+        if reason is not None:
+            raise ValueError(f"schedule {s}: {reason}")
+        with self._lock:
+            found = self._launches.get((s, bias))
+            if found is None:
+                what = emit.Specialisation(s, self.map.rows, str(self.dtype).removeprefix("torch."), bias)
+                options: dict[str, Any] = {"num_warps": what.warps}
+                if s.early_start:
+                    options["launch_pdl"] = True
+                if s.ctas_per_sm > 1 and s.family == "hopper":
+                    options["maxnreg"] = 80  # twelve warps twice
+                cost = cost_model.stage_cost(s, self.map.rows, self.gpu)
+                plan = work_plan(self.map, self.gpu.sms * s.ctas_per_sm, cost, halves=s.halves)
+                found = _Launch(emit.kernel(what, self._made_for()), plan, self._to_device(plan.table), options)
+                self._launches[s, bias] = found
         return found
 
     def _to_device(self, table: Tensor) -> Tensor:
@@ -145,7 +154,7 @@ class Layer:
                 f"patch: a weight of shape {self.tile_map.shape} meets this number of tokens for the first time inside a CUDA "
                 "graph capture; run the model once with these shapes before capturing it"
             )
-        return _to_stay(lambda: table.to(self.device), self.device)
+        return to_stay(lambda: table.to(self.device), self.device)
 
     def _made_for(self) -> str:
         m = self.map
@@ -170,73 +179,14 @@ def _descriptors(x: Tensor, values: Tensor, metadata: Tensor, tokens: int, rows:
     return describe(x, [tokens, 64], 128), describe(values, [rows, 64], 128), describe(metadata, [2, 2 * rows], 0)
 
 
-# ---- scratch memory
-
-T = TypeVar("T")
-
-
-def _to_stay(make: Callable[[], T], device: torch.device) -> T:
-    """Make what outlives the call in a thread of its own, and wait for it.
-
-    The caller may be warming up a CUDA graph: its allocations then come from the graph's private pool, which must not hold
-    anything that the graph does not own.
-    """
-
-    def work() -> T:
-        with torch.cuda.device(device):
-            made = make()
-            torch.cuda.current_stream().synchronize()
-            return made
-
-    with ThreadPoolExecutor(1, "patch-allocation") as thread:
-        return thread.submit(work).result()
-
-
-class _Workspaces:
-    """Partial sums and counters, one pair for each stream: kernels of one stream run one after the other.
-
-    Grows by doubling; what a captured graph may still point to is never freed. Two graphs captured on the same stream share
-    a workspace, as they share cuBLAS's, and must not be replayed at the same time.
-    """
-
-    def __init__(self) -> None:
-        self._of_stream: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        self._kept: list[Tensor] = []
-        self._lock = threading.Lock()
-
-    def get(self, device: torch.device, floats: int, counters: int) -> tuple[Tensor, Tensor]:
-        stream = torch.cuda.current_stream(device).cuda_stream
-        index = device.index or 0
-        found = self._of_stream.get((index, stream))
-        if found is None or found[0].numel() < floats or found[1].numel() < counters:
-            with self._lock:
-                old = self._of_stream.get((index, stream))
-                if old is not None:
-                    self._kept += old
-                    floats, counters = max(floats, 2 * old[0].numel()), max(counters, 2 * old[1].numel())
-                floats, counters = max(floats, 1 << 20), max(counters, 1 << 12)
-
-                def make(floats: int = floats, counters: int = counters) -> tuple[Tensor, Tensor]:
-                    partials = torch.empty(floats, dtype=torch.float32, device=device)
-                    return partials, torch.zeros(counters, dtype=torch.int32, device=device)
-
-                # inside a capture the zeros become a node of the graph, at every replay: right, if a little slower
-                found = make() if torch.cuda.is_current_stream_capturing() else _to_stay(make, device)
-                self._of_stream[index, stream] = found
-        return found
-
-
-_workspaces = _Workspaces()
-_workspace = _workspaces.get
-
-
 # ---- which Layer belongs to these tensors
 
 
 @dataclass
 class _Entry:
     storages: tuple[StorageWeakRef, ...]
-    version: int
+    kinds_version: int
+    values_version: int
     layer: Layer
 
 
@@ -251,17 +201,27 @@ def layer_of(values: Tensor, kinds: Tensor, shape: tuple[int, int], tile: tuple[
     its storage is gone, hence the look whether the storages live.
     """
     key = (values.data_ptr(), kinds.data_ptr(), shape, tile, order)
-    version = 0 if kinds.is_inference() else kinds._version
     entry = _entries.get(key)
-    if entry is None or entry.version != version or any(s.expired() for s in entry.storages):
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"patch: a weight of shape {shape} runs for the first time inside a CUDA graph capture; run it before"
-            )
+    if entry is None or entry.kinds_version != _version(kinds) or any(s.expired() for s in entry.storages):
+        with torch.cuda.device_of(values):
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    f"patch: a weight of shape {shape} runs for the first time inside a CUDA graph capture; run it before"
+                )
         with _entries_lock:
             for gone in [k for k, e in _entries.items() if any(s.expired() for s in e.storages)]:
                 del _entries[gone]
             layer = Layer(TileMap(shape, tile, kinds.cpu()), values.dtype, order, values.device)
             storages = (StorageWeakRef(values.untyped_storage()), StorageWeakRef(kinds.untyped_storage()))
-            entry = _entries[key] = _Entry(storages, version, layer)
+            entry = _entries[key] = _Entry(storages, _version(kinds), _version(values), layer)
+    elif values.is_cuda and entry.values_version != _version(values):
+        # kernels that start early read weights while the kernel before still runs: it may be the one that writes them
+        with torch.cuda.device_of(values):
+            if not torch.cuda.is_current_stream_capturing():
+                torch.cuda.current_stream().synchronize()
+                entry.values_version = _version(values)
     return entry.layer
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

@@ -187,7 +187,8 @@ def read(path: Path, gpu: GpuSpec) -> Table:
                 f"{path}: measured with {PACKAGE} {document['versions'][PACKAGE]!r:.20}; "
                 "`python -m patch_compiler.autotune` makes a new one"
             )
-        return {entry.key: entry for entry in map(_entry, document["entries"])}
+        # whoever wrote it, nothing that loses gets in
+        return {entry.key: entry for entry in map(_entry, document["entries"]) if entry.better}
     except TableError:
         raise
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,14 @@ def inputs_as_traced(graph_module: fx.GraphModule, example_inputs: Sequence[Any]
         node.meta["example_value"] if MOVED in node.meta else value
         for node, value in zip(placeholders, example_inputs, strict=True)
     ]
+
+
+def copy_moved(rewritten: fx.GraphModule, original: fx.GraphModule) -> None:
+    """Note on a copy made before the passes what they have moved."""
+    moved = {n.name for n in rewritten.graph.nodes if n.op == "placeholder" and MOVED in n.meta}
+    for node in original.graph.nodes:
+        if node.op == "placeholder" and node.name in moved:
+            node.meta[MOVED] = True
 
 
 def is_static(node: fx.Node) -> bool:
@@ -65,6 +74,43 @@ def add_buffer(graph_module: fx.GraphModule, name: str, tensor: Tensor) -> fx.No
     if context is not None and context.fake_mode is not None:
         node.meta["example_value"] = context.fake_mode.from_tensor(tensor, static_shapes=True)
     return node
+
+
+def stretches(graph: fx.Graph) -> dict[fx.Node, int]:
+    """Numbers of the stretches of the graph inside which a call may be moved: nothing is written in place between two nodes
+    of one, and no mode (autocast, grad) begins or ends. A Dynamo graph is not functional yet."""
+    found, number = {}, 0
+    for node in graph.nodes:
+        number += _ends_stretch(node)
+        found[node] = number
+    return found
+
+
+def _ends_stretch(node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return True
+    if node.op == "call_method":
+        name = str(node.target)
+        return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or "out" in node.kwargs
+    if node.op != "call_function":
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    if node.kwargs.get("inplace") or "out" in node.kwargs:
+        return True
+    if any(argument is True for argument in node.args):  # F.relu(x, True); others are not worth a merged launch
+        return True
+    name, module = getattr(node.target, "__name__", ""), getattr(node.target, "__module__", None) or ""
+    if module == "_operator":
+        return name in _IN_PLACE
+    known = module.startswith("torch") and not module.startswith(("torch.amp", "torch._C._functorch"))
+    return name.endswith("_") or "grad_enabled" in name or not (known or isinstance(node.target, types.BuiltinFunctionType))
+
+
+_IN_PLACE = frozenset((
+    "setitem", "delitem", "iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow",
+    "irshift", "isub", "itruediv", "ixor",
+))  # fmt: skip
 
 
 def written_in_graph(node: fx.Node) -> bool:

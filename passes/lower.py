@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 
 import torch
@@ -105,11 +106,12 @@ def _merge(merged: Merged, number: int, context: Context) -> None:
         outside = [bias is not None and not _is_inside(bias, size) for (_, bias), size in zip(operands, sizes, strict=True)]
         y = _call(operands[0][0], whole, _biases(merged, outside, graph), _dense(members), number, context)
         y.meta = {k: v for k, v in first.node.meta.items() if k != "example_value"}
-        parts = graph.call_function(torch.split, (y, sizes, -1))
-    for i, (member, (_, bias)) in enumerate(zip(members, operands, strict=True)):
+    starts = itertools.accumulate(sizes, initial=0)
+    for i, (member, start, (_, bias)) in enumerate(zip(members, starts, operands, strict=False)):
         with graph.inserting_before(member.node):
-            # a linear's output is contiguous, and what follows was traced with that
-            part = graph.call_method("contiguous", (graph.call_function(operator.getitem, (parts, i)),))
+            # a linear's output is contiguous, and what follows was traced with that. Not torch.split: autograd forbids writing
+            # in place to one of several views
+            part = graph.call_method("contiguous", (graph.call_function(torch.narrow, (y, -1, start, sizes[i])),))
             if outside[i]:
                 part = graph.call_function(operator.add, (part, bias))
         _replace(member, part, graph)

@@ -12,13 +12,15 @@ from patch_compiler.stored import StoredWeight, joined, layout_for
 from patch_compiler.tile_map import TileKind
 
 from .context import Context, Linear, Merged
+from .dynamo import stretches
 
 
 def run(graph: fx.Graph, context: Context) -> fx.Graph:
-    of_input: dict[fx.Node, list[Linear]] = {}
+    stretch = stretches(graph)
+    of_input: dict[tuple[fx.Node, int], list[Linear]] = {}
     for linear in context.linears:
         if _is_candidate(linear, context) and linear.input is not None:
-            of_input.setdefault(linear.input, []).append(linear)
+            of_input.setdefault((linear.input, stretch[linear.node]), []).append(linear)
     neighbours: dict[fx.Node, list[list[fx.Node]]] = {}  # of the first leaf of each weight
     for linears in of_input.values():
         for group in _compatible(linears, context):

@@ -110,14 +110,16 @@ def autotune(
             bar.set_description(target.name)
             entries: list[Entry] = []
             bench: _Bench | None = None
-            for t in sizes:
-                if deadline is not None and time.monotonic() > deadline:
-                    break
-                bench = bench or _Bench(target, problem)
-                rows.append(bench.tune(t, entries, record))
-                bar.update()
-            if entries:
-                tuning.update(out or tuning.user_path(gpu), gpu, entries)
+            try:
+                for t in sizes:
+                    if deadline is not None and time.monotonic() > deadline:
+                        break
+                    bench = bench or _Bench(target, problem)
+                    rows.append(bench.tune(t, entries, record))
+                    bar.update()
+            finally:  # an interrupt loses the measurement that it interrupts, no other
+                if entries:
+                    tuning.update(out or tuning.user_path(gpu), gpu, entries)
     return rows
 
 

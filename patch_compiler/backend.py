@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from passes import Linear, Options, run_passes
-from passes.dynamo import inputs_as_traced
+from passes.dynamo import copy_moved, inputs_as_traced
 from passes.masked_weight import MaskedWeight, refresh_all
 
 from . import explanation, ops
@@ -82,6 +82,7 @@ def patch_backend(
         if ours.strict:
             raise
         log.warning("patch: a pass failed, this graph is compiled without it", exc_info=True)
+        copy_moved(graph_module, original)
         graph_module, linears = original, []
     _record(linears, graph_module, example_inputs)
     watched = _watched(linears, graph_module)  # before compile_fx, which owns the graph from then on

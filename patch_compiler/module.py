@@ -20,8 +20,8 @@ class PatchLinear(nn.Module):
     """y = x Wᵀ + bias with W packed. x: [..., K], y: [..., M], both of the values' dtype.
 
     Buffers are a StoredWeight in the layout that suits the device they are on; moving the module changes it. The state dict
-    always holds the canonical form (`values`, `indices`, `kinds`). The weight is not trainable, gradients reach x and bias.
-    `tile_map` (on the CPU) is what `kinds` says.
+    always holds the canonical form (`values`, `indices`, `kinds`; copies, where the layout is another). The weight is not
+    trainable, gradients reach x and bias. `tile_map` (on the CPU) is what `kinds` says.
     """
 
     values: Tensor
@@ -94,6 +94,14 @@ class PatchLinear(nn.Module):
         if not self.values.is_meta and not was_meta and wanted != self.layout:
             self._hold(store(self.packed, wanted))
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A pickle may wake up on another device or GPU than it was made on."""
+        super().__setstate__(state)
+        if not self.values.is_meta and self.layout != "canonical":
+            wanted = layout_for(self.values.device, self.values.dtype, self.tile_map)
+            if wanted != self.layout:
+                self._hold(store(self.packed, wanted))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

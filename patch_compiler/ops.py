@@ -43,6 +43,8 @@ def _check(
         raise RuntimeError(f"patch::linear: x is {x.dtype}, the weight is {values.dtype}; they must agree")
     if bias is not None and tuple(bias.shape) != (out_features,):
         raise RuntimeError(f"patch::linear: the bias has shape {tuple(bias.shape)}, it must be ({out_features},)")
+    if bias is not None and bias.dtype != values.dtype:
+        raise RuntimeError(f"patch::linear: the bias is {bias.dtype}, the weight is {values.dtype}; they must agree")
     wrong = [w for w in dense if w.shape[1] != in_features or w.dtype != values.dtype]
     if wrong or (dense and sum(w.shape[0] for w in dense) != out_features):
         shapes = ", ".join(f"{w.dtype} {tuple(w.shape)}" for w in dense)
@@ -135,6 +137,11 @@ def _register_autocast(device: str, key: str) -> None:
             return t if t.dtype == torch.float64 else t.to(dtype)
 
         with torch._C._ExcludeDispatchKeyGuard(excluded):
+            if sizes[0] != "canonical" and values.dtype != dtype:
+                # slabs are found by address: a cast copy would be planned anew at every call
+                bias = None if bias is None else bias.to(values.dtype)
+                y = linear(x.to(values.dtype), values, indices, kinds, panel_starts, bias, dense, *sizes)
+                return cast(y)
             if any(w.dtype != dtype for w in dense):
                 dense = []  # casting the packed values is cheaper
             arguments = (indices, kinds, panel_starts, None if bias is None else cast(bias), dense, *sizes)

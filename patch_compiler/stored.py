@@ -62,9 +62,9 @@ class StoredWeight:
         """Take over the weights of another one of the same map and layout, in place: graphs may hold these tensors."""
         self.values.copy_(other.values)
         self.indices.copy_(other.indices)
-        if self.layout == "canonical":  # slabs of another map would not fit, and plans are made from the kinds
+        if not torch.equal(self.kinds, other.kinds):  # or plans, which follow from them, would be made again
             self.kinds.copy_(other.kinds)
-            self.panel_starts.copy_(other.panel_starts)
+        self.panel_starts.copy_(other.panel_starts)
         _settle(self.values.device)
 
     def _slabs(self) -> Slabs:

@@ -1,4 +1,4 @@
-"""Every decode kernel once on small and ragged weights, for compute-sanitizer: `make sanitize`.
+"""Each decode family, panel height and dtype on small and ragged weights, for compute-sanitizer: `make sanitize`.
 
     compute-sanitizer --tool memcheck python -m tests.gpu.sanitized
     compute-sanitizer --tool racecheck python -m tests.gpu.sanitized
