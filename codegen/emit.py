@@ -65,7 +65,6 @@ class Specialisation:
             }
         else:
             values |= {
-                "STRIPS": str(stream_strips(self.rows, s.tokens)),
                 "DENSE_STEP": _text(mma_sp.dense_step(dtype)),
                 "SPARSE_STEP_0": _text(mma_sp.sparse_step(dtype, 0)),
                 "SPARSE_STEP_1": _text(mma_sp.sparse_step(dtype, 1)),
@@ -76,21 +75,12 @@ class Specialisation:
 
     @property
     def warps(self) -> int:
-        return (
-            self.rows // 16
-            if self.schedule.family == "hopper"
-            else self.rows // 16 // stream_strips(self.rows, self.schedule.tokens)
-        )
+        return self.rows // 16
 
 
 def parts_at_once(tokens: int) -> int:
     """Parts of a panel loaded together when they are added up: what fits the registers."""
     return max(1, min(8, 128 // tokens))
-
-
-def stream_strips(rows: int, tokens: int) -> int:
-    """Strips of 16 rows for each warp of the stream kernel."""
-    return 1
 
 
 _loaded: dict[Specialisation, Any] = {}

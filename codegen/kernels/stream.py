@@ -5,7 +5,7 @@ it multiplies, cut into segments that end with a panel. The ring is refilled a w
 memory system always has STAGES slabs to fetch. A segment runs its dense slabs, then its sparse slabs, into one accumulator.
 
 Weights come in order "fragments" (codegen/formats/slabs.py): what a lane needs for one instruction is 16 bytes in a row. X is
-row-major; ldmatrix turns a block of it into B fragments. A warp owns strips of 16 rows and all tokens.
+row-major; ldmatrix turns a block of it into B fragments. A warp owns a strip of 16 rows and all tokens.
 
 Panels that several CTAs share: each writes its part, the last to arrive adds all parts in the plan's order, so the result
 does not depend on who was last.
@@ -25,7 +25,6 @@ DTYPE = gl.constexpr(gl.bfloat16)
 ROWS = gl.constexpr(128)  # of a panel
 TOKENS = gl.constexpr(16)  # of the token tile; X is padded with zeros on the way to shared memory
 STAGES = gl.constexpr(8)  # slabs in flight
-STRIPS = gl.constexpr(1)  # of 16 rows, for each warp: ROWS / 16 / STRIPS warps, and X is read from shared memory by each
 HAS_BIAS = gl.constexpr(False)
 DENSE_STEP = gl.constexpr(mma_sp.dense_step("bf16"))
 SPARSE_STEP_0 = gl.constexpr(mma_sp.sparse_step("bf16", 0))
@@ -34,14 +33,12 @@ DENSE_OPERANDS = gl.constexpr(mma_sp.dense_constraints())
 SPARSE_OPERANDS = gl.constexpr(mma_sp.sparse_constraints())
 # --- end of schedule ---
 
-WARPS = gl.constexpr(ROWS // 16 // STRIPS)
+WARPS = gl.constexpr(ROWS // 16)
 HEADER = gl.constexpr(8)
 SEGMENT = gl.constexpr(8)
 
 # Operands of one instruction: [strips of 16 rows, fragments of 8 tokens, lane, register]
-FRAGMENTS = gl.constexpr(
-    gl.BlockedLayout([STRIPS.value, TOKENS.value // 8, 1, 4], [1, 1, 32, 1], [WARPS.value, 1, 1, 1], [3, 2, 1, 0])
-)
+FRAGMENTS = gl.constexpr(gl.BlockedLayout([1, TOKENS.value // 8, 1, 4], [1, 1, 32, 1], [WARPS.value, 1, 1, 1], [3, 2, 1, 0]))
 # Where B fragments keep the elements of an X block [TOKENS, 64]: lane 4 g + t has token g of a fragment, columns 2t, 2t + 1
 # and 2t + 8, 2t + 9 of every 16. One ldmatrix fills four registers: 32 columns, which is what mma.sp takes as one operand.
 X_FRAGMENTS = gl.constexpr(
