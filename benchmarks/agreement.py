@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import CompileConfig
 
+from benchmarks.decode_bench import relative_error
 from benchmarks.demo_model import demo_model
 from benchmarks.provenance import provenance, results_file, write_results
 from learning.calibration import calibrate
@@ -30,10 +31,6 @@ from patch_compiler import HardMask, apply_masks, convert, explain
 
 PROMPTS = ("The history of the railway begins in", "Photosynthesis is", "In 1815 the war", "The capital of France")
 SPARSITY = 0.35
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
 
 
 @torch.no_grad()
@@ -85,13 +82,13 @@ def measure(model: nn.Module, masks: dict[str, HardMask], tokenizer: Any, device
     torch._dynamo.reset()
     packed_compiled = torch.compile(packed, backend="patch")(ids).logits
     record["bf16 logits, relative difference"] = {
-        "converted eager vs masked dense eager": relative(packed_eager, eager),
-        "converted compiled vs masked dense eager": relative(packed_compiled, eager),
-        "converted compiled vs masked dense compiled": relative(packed_compiled, dense_compiled),
-        "masked dense compiled vs masked dense eager": relative(dense_compiled, eager),
-        "masked dense eager bf16 vs fp32": relative(eager, exact),
-        "masked dense compiled bf16 vs fp32": relative(dense_compiled, exact),
-        "converted compiled bf16 vs fp32": relative(packed_compiled, exact),
+        "converted eager vs masked dense eager": relative_error(packed_eager, eager),
+        "converted compiled vs masked dense eager": relative_error(packed_compiled, eager),
+        "converted compiled vs masked dense compiled": relative_error(packed_compiled, dense_compiled),
+        "masked dense compiled vs masked dense eager": relative_error(dense_compiled, eager),
+        "masked dense eager bf16 vs fp32": relative_error(eager, exact),
+        "masked dense compiled bf16 vs fp32": relative_error(dense_compiled, exact),
+        "converted compiled bf16 vs fp32": relative_error(packed_compiled, exact),
     }
     print(json.dumps(record["bf16 logits, relative difference"], indent=1), flush=True)
     return record

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from codegen.formats.slabs import Order, to_slabs
 from codegen.gpu import GpuSpec
-from codegen.measure import Timing, copies, measure
+from codegen.measure import Timing, copies, measure, random_metadata
 from codegen.runtime import Layer
 from codegen.schedule import Decode, Gemm, Schedule
 from patch_compiler import HardMask, pack
 from patch_compiler.masks import PATTERNS
-from patch_compiler.packed import NIBBLE_OF_CODE
 from patch_compiler.tile_map import GROUP
 
 from .decode_cases import Case
@@ -60,16 +59,6 @@ def ceilings() -> dict[str, float]:
 def normal(rows: int, columns: int) -> Tensor:
     """Random data of the size weights have: sums over `columns` products stay near one."""
     return torch.randn(rows, columns, device=DEVICE).mul_(columns**-0.5).to(DTYPE)
-
-
-def random_metadata(sparse_slabs: int, rows: int) -> Tensor:
-    """int32 [sparse slabs, 2, 2 R] of random 2:4 patterns, eight groups a word."""
-    nibbles = torch.tensor(NIBBLE_OF_CODE, device=DEVICE)
-    shape = (sparse_slabs, 2, 2 * rows)
-    words = torch.zeros(shape, dtype=torch.int64, device=DEVICE)
-    for _ in range(8):
-        words = words << 4 | nibbles[torch.randint(len(PATTERNS), shape, device=DEVICE)]
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
 
 
 def relative_error(y: Tensor, wanted: Tensor) -> float:
@@ -119,7 +108,7 @@ class Bench:
         map_ = self.layer.map
         for _ in range(copies(map_.nbytes(DTYPE))):
             values = normal(map_.slabs * map_.rows, 64).mul_((64 / self.shape[1]) ** 0.5)
-            self.packed.append((values.view(map_.slabs, map_.rows, 64), random_metadata(map_.sparse_slabs, map_.rows)))
+            self.packed.append((values.view(map_.slabs, map_.rows, 64), random_metadata(map_.sparse_slabs, map_.rows, DEVICE)))
         self.weight = self.layer.dense(*self.packed[0])
         self.weight_fp32 = self.weight.float()
         self.cusparselt.forget()

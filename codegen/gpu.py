@@ -46,6 +46,7 @@ _SHEETS = (
     GpuSpec("NVIDIA GeForce RTX 4090", "rtx4090", 89, 128, 99 * 1024, 0.91e12, 4.5e12, 119e12),
 )
 KEYS = tuple(s.key for s in _SHEETS)
+_OTHER_CARDS = {"pcie", "nvl", "laptop", "mig", "40gb", "ada"}  # same chip, other memory, power or share of it
 
 
 def gpu_spec(key: str, triton: str | None = None) -> GpuSpec:
@@ -58,15 +59,22 @@ def gpu_spec(key: str, triton: str | None = None) -> GpuSpec:
 
 @cache
 def this_gpu(index: int = 0) -> GpuSpec:
-    """The GPU here: its data sheet if known, else a guess from what the driver says."""
+    """The GPU here: its data sheet if known, in proportion if it is a relative, else a guess from what the driver says."""
     properties = torch.cuda.get_device_properties(index)
     capability = properties.major * 10 + properties.minor
     shared = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch's stub lacks it
     words = re.sub(r"[^a-z0-9]", " ", properties.name.lower()).split()
     for spec in _SHEETS:
-        known = spec.key.removeprefix("rtx")
-        if known in words and spec.capability == capability:
-            return replace(spec, sms=properties.multi_processor_count, shared_bytes=shared, triton=version("triton"))
+        if spec.key.removeprefix("rtx") in words and spec.capability == capability:
+            spec = replace(spec, shared_bytes=shared, triton=version("triton"))
+            if properties.multi_processor_count == spec.sms and not _OTHER_CARDS.intersection(words):
+                return spec
+            # another card with the same chip, or a slice of one: its own name and tables, the rates in proportion
+            share = min(1.0, properties.multi_processor_count / spec.sms)
+            return replace(
+                spec, name=properties.name, key="_".join(words), sms=properties.multi_processor_count, measured=False,
+                bandwidth=spec.bandwidth * share, l2_bandwidth=spec.l2_bandwidth * share, dense_flops=spec.dense_flops * share,
+            )  # fmt: skip
     rate = properties.multi_processor_count / 132
     return GpuSpec(
         properties.name, "_".join(words), capability, properties.multi_processor_count, shared,

@@ -13,10 +13,23 @@ from statistics import median
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+
+from patch_compiler.packed import NIBBLE_OF_CODE
 
 COLD_BYTES = 160_000_000  # three times the L2 of an H100
 _CALLS = 16  # in a graph, at least: its own start, some microseconds, is spread over them
 Name = TypeVar("Name", bound=Hashable)
+
+
+def random_metadata(sparse_slabs: int, rows: int, device: torch.device) -> Tensor:
+    """int32 [sparse slabs, 2, 2 R] of random 2:4 patterns, eight groups a word: for weights that are only timed."""
+    nibbles = torch.tensor(NIBBLE_OF_CODE, device=device)
+    shape = (sparse_slabs, 2, 2 * rows)
+    words = torch.zeros(shape, dtype=torch.int64, device=device)
+    for _ in range(8):
+        words = words << 4 | nibbles[torch.randint(len(NIBBLE_OF_CODE), shape, device=device)]
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
 
 
 @dataclass(frozen=True)

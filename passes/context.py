@@ -78,16 +78,14 @@ class Linear:
 
 @dataclass(eq=False)
 class Merged:
-    """Projections of one input that become one launch, in the order of their outputs."""
+    """Projections of one input that become one launch, in the order of their outputs, which is the graph's."""
 
     members: list[Linear]
 
     @property
     def tile_map(self) -> TileMap:
         """The members' maps one below the other."""
-        maps = [m.tile_map for m in self.members if m.tile_map is not None]
-        out_features = sum(m.shape[0] for m in maps)
-        return TileMap((out_features, maps[0].shape[1]), maps[0].tile, torch.cat([m.kinds for m in maps]))
+        return TileMap.stacked([m.tile_map for m in self.members if m.tile_map is not None])
 
 
 @dataclass

@@ -99,7 +99,7 @@ def _merge(merged: Merged, number: int, context: Context) -> None:
                 buffer = context.values[node]  # type: ignore[index]
                 buffer.data = tensor
                 node.meta[MOVED] = True  # type: ignore[union-attr]
-    first = min(members, key=lambda m: list(graph.nodes).index(m.node))
+    first = members[0]
     operands = [_operands(m.node) for m in members]
     sizes = [m.shape[0] for m in members]
     with graph.inserting_before(first.node):

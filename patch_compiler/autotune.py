@@ -28,14 +28,12 @@ from codegen.compile_ahead import compile_all, gpu_here
 from codegen.emit import Specialisation
 from codegen.formats.slab_map import slab_map, why_not
 from codegen.gpu import GpuSpec, gpu_spec, this_gpu
-from codegen.measure import Timing, copies, measure
+from codegen.measure import Timing, copies, measure, random_metadata
 from codegen.runtime import Layer
 from codegen.schedule import Decode, Gemm, Problem, Schedule, legal_schedules
 from codegen.tuning import Entry
 
 from .atomic import atomic_file
-from .masks import PATTERNS
-from .packed import NIBBLE_OF_CODE
 from .text_table import table
 from .tuning_targets import STANDARD, Target, standard_targets, targets_of
 
@@ -195,21 +193,12 @@ class _Bench:
         self.layer = Layer(target.tile_map, self.dtype, "rows" if self.gpu.runs_hopper else "fragments", self.device)
         n, rows = self.layer.map.slabs, self.layer.map.rows
         self.slabs = [
-            (self._random(n * rows, 64).view(n, rows, 64), self._metadata(self.layer.map.sparse_slabs, rows))
+            (self._random(n * rows, 64).view(n, rows, 64), random_metadata(self.layer.map.sparse_slabs, rows, self.device))
             for _ in range(copies(self.layer.map.nbytes(self.dtype)))
         ]
 
     def _random(self, rows: int, columns: int) -> Tensor:
         return torch.randn(rows, columns, device=self.device, dtype=torch.float32).mul_(columns**-0.5).to(self.dtype)
-
-    def _metadata(self, slabs: int, rows: int) -> Tensor:
-        """Random 2:4 patterns, eight groups a word."""
-        nibbles = torch.tensor(NIBBLE_OF_CODE, device=self.device)
-        shape = (slabs, 2, 2 * rows)
-        words = torch.zeros(shape, dtype=torch.int64, device=self.device)
-        for _ in range(8):
-            words = words << 4 | nibbles[torch.randint(len(PATTERNS), shape, device=self.device)]
-        return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
 
     def tune(self, tokens: int, entries: list[Entry], record: list[dict[str, Any]] | None) -> Row:
         """Measure; adds what the table may take to `entries`, with and without a dense copy of the weight."""

@@ -125,9 +125,7 @@ def joined(parts: list[StoredWeight]) -> StoredWeight | None:
     values, indices, kinds = (_joined([getattr(p, name) for p in parts]) for name in ("values", "indices", "kinds"))
     if values is None or indices is None or kinds is None:
         return None
-    first = parts[0].tile_map
-    shape = (sum(p.tile_map.shape[0] for p in parts), first.shape[1])
-    tile_map = TileMap(shape, first.tile, torch.cat([p.tile_map.kinds for p in parts]))
+    tile_map = TileMap.stacked([p.tile_map for p in parts])
     return replace(parts[0], tile_map=tile_map, values=values, indices=indices, kinds=kinds)
 
 

@@ -8,6 +8,7 @@ Edge tiles are ragged: 576 = 4.5 x 128 is a normal size, not an error.
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -92,6 +93,12 @@ class TileMap:
         """`dense`: bool [panels, columns]; True stays dense, False becomes 2:4."""
         kinds = torch.where(dense.cpu(), int(TileKind.DENSE), int(TileKind.SPARSE24)).to(torch.uint8)
         return cls(shape, normalize_tile(tile), kinds)
+
+    @classmethod
+    def stacked(cls, maps: Sequence[TileMap]) -> TileMap:
+        """The map of weights one below the other: equal K and tile, all but the last of whole panels (the caller checks)."""
+        shape = (sum(m.shape[0] for m in maps), maps[0].shape[1])
+        return cls(shape, maps[0].tile, torch.cat([m.kinds for m in maps]))
 
     # ---- sizes, exact for ragged edges
 

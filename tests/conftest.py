@@ -40,3 +40,14 @@ def fresh_compiler():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def own_tables(tmp_path, monkeypatch):
+    """Tuned tables and emitted kernels in a directory of this test's own."""
+    from codegen import tuning
+
+    monkeypatch.setenv("PATCH_CACHE_DIR", str(tmp_path / "cache"))
+    tuning.reload()
+    yield
+    tuning.reload()

@@ -29,19 +29,12 @@ from .tiny import tiny_llama
 
 H100 = gpu_spec("h100", "3.9.0")
 OTHER = Decode("hopper", 8, 7, early_start=True)
+pytestmark = pytest.mark.usefixtures("own_tables")
 
 
 def problem_of_o() -> Problem:
     """The output projection of standard_targets("llama-2-7b", 0.45)."""
     return Problem((4096, 4096), "bfloat16", slab_map(scattered((4096, 4096), 0.9)))
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATCH_CACHE_DIR", str(tmp_path / "cache"))
-    tuning.reload()
-    yield
-    tuning.reload()
 
 
 # ---- measuring, with times made up

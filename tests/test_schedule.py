@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from codegen.formats.slab_map import slab_map
-from codegen.gpu import KEYS, GpuSpec, gpu_spec
+from codegen.gpu import KEYS, GpuSpec, gpu_spec, this_gpu
 from codegen.schedule import MOST_STAGES, TOKEN_TILES, Decode, Gemm, Problem, Reference, legal_schedules
 from patch_compiler import TileKind, TileMap
 
@@ -139,3 +140,34 @@ def test_names_tell_schedules_apart() -> None:
     gpu = gpu_spec("h100", "3.9.0")
     found = [str(s) for tokens in TOKEN_TILES for s in legal_schedules(problem(dense_weight=True), gpu, tokens)]
     assert len(set(found)) == len(found) - 2 * (len(TOKEN_TILES) - 1)  # the two GEMMs come with each
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "sms", "key", "measured"),
+    [
+        ("NVIDIA H100 80GB HBM3", (9, 0), 132, "h100", True),
+        ("NVIDIA H100 PCIe", (9, 0), 114, "nvidia_h100_pcie", False),
+        ("NVIDIA H100 NVL", (9, 0), 132, "nvidia_h100_nvl", False),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", (9, 0), 16, "nvidia_h100_80gb_hbm3_mig_1g_10gb", False),
+        ("NVIDIA A100-SXM4-80GB", (8, 0), 108, "a100", False),
+        ("NVIDIA A100-PCIE-40GB", (8, 0), 108, "nvidia_a100_pcie_40gb", False),
+        ("NVIDIA RTX A6000", (8, 6), 84, "a6000", False),
+        ("NVIDIA GeForce RTX 4090", (8, 9), 128, "rtx4090", False),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", (8, 9), 76, "nvidia_geforce_rtx_4090_laptop_gpu", False),
+        ("NVIDIA Something New", (12, 0), 200, "nvidia_something_new", False),
+    ],
+)
+def test_only_the_measured_card_is_taken_for_it(name, capability, sms, key, measured, monkeypatch) -> None:
+    properties = SimpleNamespace(
+        name=name, major=capability[0], minor=capability[1], multi_processor_count=sms, shared_memory_per_block_optin=232448
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    this_gpu.cache_clear()
+    try:
+        gpu = this_gpu(0)
+    finally:
+        this_gpu.cache_clear()
+    assert (gpu.key, gpu.measured, gpu.sms) == (key, measured, sms)
+    assert gpu.bandwidth > 0
+    if "MIG" in name:
+        assert gpu.bandwidth < 0.2 * gpu_spec("h100").bandwidth

@@ -20,14 +20,7 @@ from codegen.tuning import Entry, TableError, intervals, key_of, pick, read, upd
 
 H100 = gpu_spec("h100", "3.9.0")
 OTHER = Decode("hopper", 8, 7, early_start=True)
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATCH_CACHE_DIR", str(tmp_path / "cache"))
-    tuning.reload()
-    yield
-    tuning.reload()
+pytestmark = pytest.mark.usefixtures("own_tables")
 
 
 def problem_of(shape=(4096, 4096), sparse=0.9, dense_weight=False) -> Problem:

@@ -75,8 +75,7 @@ def concatenate(parts: list[Slabs]) -> Slabs:
         rows = part.tile_map.shape[0]
         if index < len(parts) - 1 and rows % part.map.rows:
             raise ValueError(f"part {index} has {rows} out_features: all but the last need a multiple of {part.map.rows}")
-    shape = (sum(part.tile_map.shape[0] for part in parts), whole.shape[1])
-    tile_map = TileMap(shape, whole.tile, torch.cat([part.tile_map.kinds for part in parts]))
+    tile_map = TileMap.stacked([part.tile_map for part in parts])
     values = torch.cat([part.values.view(torch.int16) for part in parts]).view(parts[0].dtype)
     return Slabs(tile_map, slab_map(tile_map), values, torch.cat([part.metadata for part in parts]), parts[0].order)
 

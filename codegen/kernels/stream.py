@@ -5,7 +5,7 @@ it multiplies, cut into segments that end with a panel. The ring is refilled a w
 memory system always has STAGES slabs to fetch. A segment runs its dense slabs, then its sparse slabs, into one accumulator.
 
 Weights come in order "fragments" (codegen/formats/slabs.py): what a lane needs for one instruction is 16 bytes in a row. X is
-row-major; ldmatrix turns a block of it into B fragments. A warp owns strips of 16 rows and all tokens.
+row-major; ldmatrix turns a block of it into B fragments. A warp owns a strip of 16 rows and all tokens.
 
 Panels that several CTAs share: each writes its part, the last to arrive adds all parts in the plan's order, so the result
 does not depend on who was last.
