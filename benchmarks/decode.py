@@ -30,10 +30,10 @@ from typing import Any
 import torch
 
 from codegen import tuning
-from codegen.compile_ahead import compile_all, gpu_here
+from codegen.compile_ahead import compile_all
 from codegen.emit import Specialisation
 from codegen.formats.slab_map import slab_map
-from codegen.gpu import GpuSpec
+from codegen.gpu import GpuSpec, gpu_here
 from codegen.measure import COLD_BYTES
 from codegen.schedule import Decode, Problem
 from patch_compiler.atomic import atomic_file
@@ -142,8 +142,6 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     args, begin = _arguments(arguments), time.monotonic()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # processes are forked below; a pool of threads would not survive it
     gpu = gpu_here()
     if gpu is None or gpu.capability < 80:
         print("benchmarks.decode needs a CUDA GPU of sm_80 or newer; nothing was measured", file=sys.stderr)
@@ -155,7 +153,6 @@ def main(argv: list[str] | None = None) -> int:
     planned = time.monotonic()
     _say(f"{len(work)} tile maps, T = {tokens}, {len(schedules)} kernels: planned in {planned - begin:.0f} s")
     compile_all([Specialisation(s, 128, "bfloat16", False) for s in schedules], gpu)
-    torch.set_num_threads(threads)
     compiled = time.monotonic()
     _say(f"compiled in {compiled - planned:.0f} s")
     facts, output = provenance("benchmarks.decode", arguments), args.output or results_file("decode")

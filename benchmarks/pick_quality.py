@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from codegen import cost_model
-from codegen.compile_ahead import gpu_here
 from codegen.fit import Measurement, measurements_of, read_measurements
+from codegen.gpu import gpu_here
 from patch_compiler.autotune import autotune, compile_candidates
 from patch_compiler.text_table import table
 from patch_compiler.tuning_targets import Target, standard_targets

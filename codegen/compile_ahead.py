@@ -1,76 +1,54 @@
-"""Compile kernels in forked processes, so that Triton's cache on disk is warm when they are first run.
+"""Compile kernels in processes of their own, so that Triton's cache on disk is warm when they are first run.
 
-A process that has touched CUDA cannot be forked; so even the question which GPU is here is asked in a child.
+Not forked ones: whatever this process has already started, CUDA or a pool of threads, would not survive a fork.
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import json
 import os
+import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+from collections.abc import Iterable
 
 import torch
 
 from codegen.emit import Specialisation
 from codegen.fit import scattered
 from codegen.formats.slabs import Order
-from codegen.gpu import GpuSpec, this_gpu
+from codegen.gpu import GpuSpec
 from codegen.runtime import Layer
+from codegen.tuning import plain_schedule, read_schedule
 
 _WORKERS = 16  # each takes half a gigabyte of the GPU's memory
 _PATIENCE = 150.0  # seconds; what is not compiled by then is compiled when it is first run
 
 
-def gpu_here() -> GpuSpec | None:
-    """The GPU, without touching CUDA in this process; None if there is none."""
-    if torch.cuda.is_initialized():
-        return this_gpu(torch.cuda.current_device())
-    context = multiprocessing.get_context("fork")
-    receive, send = context.Pipe(duplex=False)
-    child = context.Process(target=_ask, args=(send,))
-    child.start()
-    send.close()
-    try:
-        found: GpuSpec | None = receive.recv()
-    except EOFError:
-        found = None
-    child.join()
-    if found is None and torch.cuda.is_available():  # then CUDA had been touched, though not by torch
-        return this_gpu()
-    return found
-
-
-def _ask(answer: Connection) -> None:
-    answer.send(this_gpu() if torch.cuda.is_available() else None)
-
-
 def compile_all(kernels: Iterable[Specialisation], gpu: GpuSpec) -> None:
-    """Emit and compile them all. What fails is printed, and fails again where it is run. Nothing, once CUDA is touched."""
-    wanted = list(dict.fromkeys(kernels))
-    if torch.cuda.is_initialized() or not wanted:
-        return
-    workers = max(1, min(len(wanted), _WORKERS, len(os.sched_getaffinity(0))))
-    context = multiprocessing.get_context("fork")
+    """Emit and compile them all for the current GPU. What fails is printed, and fails again where it is run."""
+    wanted = [(plain_schedule(k.schedule), k.rows, k.dtype, k.bias) for k in dict.fromkeys(kernels)]
+    workers = min(len(wanted), _WORKERS, len(os.sched_getaffinity(0)))
     order: Order = "rows" if gpu.runs_hopper else "fragments"
-    children: list[BaseProcess] = []
-    for w in range(workers):
-        children.append(context.Process(target=_compile, args=(wanted[w::workers], order)))
-        children[-1].start()
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path), "OMP_NUM_THREADS": "1"}
+    children: list[subprocess.Popen[str]] = []
     end = time.monotonic() + _PATIENCE
-    for child in children:
-        child.join(max(0.0, end - time.monotonic()))
-        if child.is_alive():
-            child.terminate()
-            child.join()
+    try:
+        for w in range(workers):
+            command = [sys.executable, "-m", __name__, json.dumps([torch.cuda.current_device(), order, wanted[w::workers]])]
+            children.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, text=True))
+        for child in children:
+            child.wait(max(0.0, end - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        print(f"some of {len(wanted)} kernels took over {_PATIENCE:.0f} s to compile", file=sys.stderr, flush=True)
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
 
 
-def _compile(kernels: Sequence[Specialisation], order: Order) -> None:
+def _compile(kernels: Iterable[Specialisation], order: Order, device: torch.device) -> None:
     """Run each once on a tiny layer; the module and the binary are the same as a large one's."""
-    device = torch.device("cuda", 0)
     for kernel in kernels:
         dtype = getattr(torch, kernel.dtype)
         size = 2 * kernel.rows
@@ -86,3 +64,10 @@ def _compile(kernels: Sequence[Specialisation], order: Order) -> None:
             torch.cuda.synchronize()
         except Exception as error:
             print(f"{kernel.schedule}: {' '.join(str(error).split())[:300]}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    index, order_, plain = json.loads(sys.argv[1])
+    torch.cuda.set_device(index)
+    listed = [Specialisation(read_schedule(s), rows, dtype, bias) for s, rows, dtype, bias in plain]  # type: ignore[arg-type]
+    _compile(listed, order_, torch.device("cuda", index))

@@ -80,3 +80,8 @@ def this_gpu(index: int = 0) -> GpuSpec:
         properties.name, "_".join(words), capability, properties.multi_processor_count, shared,
         2.0e12 * rate, 4.0e12 * rate, 400e12 * rate, triton=version("triton"),
     )  # fmt: skip
+
+
+def gpu_here() -> GpuSpec | None:
+    """The current device; None without a GPU."""
+    return this_gpu(torch.cuda.current_device()) if torch.cuda.is_available() else None

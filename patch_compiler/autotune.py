@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from codegen import cost_model, tuning
-from codegen.compile_ahead import compile_all, gpu_here
+from codegen.compile_ahead import compile_all
 from codegen.emit import Specialisation
 from codegen.formats.slab_map import slab_map, why_not
-from codegen.gpu import GpuSpec, gpu_spec, this_gpu
+from codegen.gpu import GpuSpec, gpu_here, gpu_spec, this_gpu
 from codegen.measure import Timing, copies, measure, random_metadata
 from codegen.runtime import Layer
 from codegen.schedule import Decode, Gemm, Problem, Schedule, legal_schedules
@@ -96,7 +96,7 @@ def autotune(
     """
     sizes = _sizes(tokens)
     targets = targets_of(source) if isinstance(source, str | os.PathLike | nn.Module) else list(source)
-    here = this_gpu(torch.cuda.current_device()) if torch.cuda.is_available() else None
+    here = gpu_here()
     gpu = gpu or here or gpu_spec("h100")
     problems = _distinct(targets)
     if here is None or gpu.key != here.key:
@@ -300,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compile_candidates(targets: Iterable[Target], tokens: Sequence[int], gpu: GpuSpec | None = None) -> None:
-    """Compile what will be measured, in parallel; possible only as long as nothing in this process has touched CUDA."""
+    """Compile what will be measured, in parallel."""
     here = gpu_here()
     if here is None or (gpu is not None and gpu.key != here.key):
         return
@@ -323,7 +323,7 @@ def _run(args: argparse.Namespace) -> None:
     rows = autotune(
         targets, args.tokens, gpu=gpu, out=args.out, budget=args.budget, record=record, progress=sys.stderr.isatty()
     )
-    gpu = gpu or (this_gpu(torch.cuda.current_device()) if torch.cuda.is_available() else gpu_spec("h100"))
+    gpu = gpu or gpu_here() or gpu_spec("h100")
     if rows and not rows[0].measured:
         scaled = "" if gpu.measured else ", scaled from an H100 by data sheet rates"
         print(f"Predictions of the cost model for {gpu.name}{scaled}; nothing was measured and no table is written.")

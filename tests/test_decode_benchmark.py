@@ -14,7 +14,7 @@ from benchmarks import decode, decode_bench, readme
 from benchmarks.decode_cases import CONCENTRATION, MAPS, PARTS, allocation, cases, learned_maps, model_maps, projections, uneven
 from benchmarks.decode_plot import roofline
 from benchmarks.decode_summary import geomean, losses, markdown, summarise, summary_table, target
-from codegen import compile_ahead, runtime
+from codegen import runtime
 from codegen.formats.slabs import Slabs, from_slabs
 from codegen.gpu import gpu_spec
 from codegen.measure import Timing
@@ -306,7 +306,6 @@ def test_bad_arguments(arguments: list[str], capsys) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_one_line(capsys, tmp_path) -> None:
-    assert compile_ahead.gpu_here() is None
     assert run(tmp_path / "decode.json") == 2
     said = capsys.readouterr()
     assert said.out == ""

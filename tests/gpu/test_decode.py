@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from codegen.compile_ahead import compile_all
+from codegen.emit import Specialisation
 from codegen.formats.slabs import Order, Slabs, to_slabs
 from codegen.gpu import this_gpu
 from codegen.runtime import Layer
@@ -190,3 +192,13 @@ def test_padding_of_x_is_never_multiplied(family: str) -> None:
     storage[1:4] = torch.randn(3, 200, device="cuda")
     x = storage[1:4]
     assert case.error(x, case(x, schedule(family, 8))) < 2e-3
+
+
+def test_compiled_ahead_is_compiled(family: str, tmp_path, monkeypatch) -> None:
+    """Processes of their own fill the caches, although this one has long touched CUDA and started threads."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    monkeypatch.setenv("PATCH_CACHE_DIR", str(tmp_path / "modules"))
+    compile_all([Specialisation(schedule(family, tokens), 128, "float16", True) for tokens in (8, 16)], this_gpu())
+    assert len(list((tmp_path / "modules").rglob("*.py"))) == 2
+    kernels = {path.parent.name for path in (tmp_path / "triton").rglob("*.cubin")}
+    assert len(kernels) >= 2
