@@ -24,13 +24,17 @@ from types import ModuleType
 from typing import Any
 
 from codegen.cache import writable_directory
-from codegen.isa import mma_sp, wgmma_sp
-from codegen.schedule import Decode
+from codegen.isa import mbarrier, mma_sp, wgmma, wgmma_sp
+from codegen.schedule import Decode, Prefill
 from patch_compiler.atomic import atomic_file
 
 log = logging.getLogger(__name__)
 
-_FAMILIES = {"hopper": ("hopper_decode.py", "hopper_decode"), "stream": ("stream.py", "stream_decode")}
+_FAMILIES = {
+    "hopper": ("hopper_decode.py", "hopper_decode"),
+    "stream": ("stream.py", "stream_decode"),
+    "prefill": ("hopper_prefill.py", "hopper_prefill"),
+}
 _PTX_DTYPES = {"bfloat16": "bf16", "float16": "f16"}
 _BEGIN = "# --- schedule: codegen/emit.py rewrites this block ---\n"
 _END = "# --- end of schedule ---\n"
@@ -41,7 +45,7 @@ _CHECKSUM = "# sha256 of the text above: "
 class Specialisation:
     """A schedule and what of the layer its module depends on. rows: of a panel. dtype: "bfloat16" or "float16"."""
 
-    schedule: Decode
+    schedule: Decode | Prefill
     rows: int
     dtype: str
     bias: bool
@@ -49,6 +53,8 @@ class Specialisation:
     def constants(self) -> dict[str, str]:
         """The schedule block: name -> Python expression inside gl.constexpr(...)."""
         s, dtype = self.schedule, _PTX_DTYPES[self.dtype]
+        if isinstance(s, Prefill):
+            return self._prefill_constants(s, dtype)
         values = {
             "DTYPE": f"gl.{self.dtype}",
             "ROWS": str(s.cta_rows(self.rows)),
@@ -74,9 +80,33 @@ class Specialisation:
             }
         return values
 
+    def _prefill_constants(self, s: Prefill, dtype: str) -> dict[str, str]:
+        strips = s.height(self.rows) // 64
+        return {
+            "DTYPE": f"gl.{self.dtype}",
+            "ROWS": str(self.rows),
+            "PANELS": str(s.panels),
+            "TOKENS": str(s.tokens),
+            "CTAS": str(s.cluster),
+            "X_STAGES": str(s.x_stages),
+            "W_STAGES": str(s.w_stages),
+            "OUT_TOKENS": str(s.out_tokens(self.rows)),
+            "HAS_BIAS": str(self.bias),
+            "EARLY_START": str(s.early_start),
+            "DENSE": _text(wgmma.dense_block(strips, s.tokens, dtype)),
+            "SPARSE_0": _text(wgmma.sparse_half(0, self.rows, strips, s.tokens, dtype)),
+            "SPARSE_1": _text(wgmma.sparse_half(1, self.rows, strips, s.tokens, dtype)),
+            "DENSE_OPERANDS": _text(wgmma.constraints(strips, s.tokens, 2)),
+            "SPARSE_OPERANDS": _text(wgmma.constraints(strips, s.tokens, 3)),
+            "WAIT": _text(mbarrier.wait(s.cluster)),
+            "RELEASE": _text(mbarrier.release(s.cluster, everywhere=False)),
+            "RELEASE_W": _text(mbarrier.release(s.cluster, everywhere=True)),
+        }
+
     @property
     def warps(self) -> int:
-        return self.schedule.cta_rows(self.rows) // 16
+        """That compute, or of the first of two warpgroups that do."""
+        return 4 if isinstance(self.schedule, Prefill) else self.schedule.cta_rows(self.rows) // 16
 
 
 def parts_at_once(tokens: int) -> int:
@@ -106,7 +136,8 @@ def emit(specialisation: Specialisation, made_for: str = "", directory: Path | N
     body = source(specialisation)
     s = specialisation.schedule
     key = hashlib.sha256(f"{body}\n{_versions()}".encode()).hexdigest()[:16]
-    name = f"{s.family}_{specialisation.rows}r_{s.tokens}t_{s.stages}s_{key}.py"
+    stages = s.x_stages if isinstance(s, Prefill) else s.stages
+    name = f"{s.family}_{specialisation.rows}r_{s.tokens}t_{stages}s_{key}.py"
     path = (directory or writable_directory() / "kernels") / name
     if not _is_sound(path, body):
         header = f"# Emitted from codegen/kernels/{_FAMILIES[s.family][0]}, {_versions()}. Rebuilt when it does not match.\n"

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 from codegen.formats.slab_map import SlabMap
 from codegen.gpu import GpuSpec
 
 TOKEN_TILES = (8, 16, 32, 64, 128)
+PREFILL_TILES = (128, 256)
 STAGE_COUNTS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
 
 
@@ -106,6 +108,67 @@ class Decode:
 
 
 @dataclass(frozen=True)
+class Prefill:
+    """Many tokens on Hopper: a persistent launch over a list of items for each CTA (codegen/prefill_plan.py).
+
+    tokens: width of the token tile. panels: that a CTA computes at once, each block of X is loaded once for all of them.
+    x_stages, w_stages: blocks of X and slabs of each panel in flight. cluster: CTAs with neighbouring token tiles that share
+    the slabs by TMA multicast. early_start: programmatic dependent launch.
+    """
+
+    tokens: int
+    panels: int
+    x_stages: int
+    w_stages: int
+    cluster: int = 1
+    early_start: bool = False
+
+    def __str__(self) -> str:
+        words = (f" cluster {self.cluster}" if self.cluster > 1 else "") + (" early" if self.early_start else "")
+        return f"prefill {self.panels}p {self.tokens}t x{self.x_stages}+{self.w_stages}{words}"
+
+    @property
+    def family(self) -> Literal["prefill"]:
+        return "prefill"
+
+    def height(self, rows: int) -> int:
+        """Rows that one of the two warpgroups computes. rows: of a panel."""
+        return rows * self.panels // 2
+
+    def out_tokens(self, rows: int) -> int:
+        """Tokens whose outputs pass through shared memory at once: 8 KB of each warpgroup's."""
+        return 4096 // self.height(rows)
+
+    def shared_bytes(self, rows: int) -> int:
+        # two turns of each warpgroup's outputs; barriers and what warps are started with; 1 KB that the launch itself takes
+        rings = self.x_stages * self.tokens * 128 + self.panels * self.w_stages * rows * 144
+        return rings + 4 * 8192 + 16 * (self.x_stages + self.panels * self.w_stages) + 2048
+
+    def why_illegal(self, problem: Problem, gpu: GpuSpec) -> str | None:
+        """One sentence, or None when the schedule can run."""
+        if problem.slabs is None:
+            return "its tile map has no slab form"
+        if problem.dtype not in ("bfloat16", "float16"):
+            return f"tensor cores take bfloat16 and float16 here, the weight is {problem.dtype}"
+        if problem.shape[0] % 8 or problem.shape[1] % 8:
+            return f"rows of X and Y must start at multiples of 16 bytes, {problem.shape[0]}x{problem.shape[1]} is not of eights"
+        if not gpu.runs_hopper:
+            return f"needs sm_90 and Triton 3.9, here is sm_{gpu.capability} and Triton {gpu.triton}"
+        if self.tokens not in PREFILL_TILES or self.panels not in (1, 2) or self.cluster not in (1, 2):
+            return f"token tiles are {PREFILL_TILES}, a CTA has one panel or two, a cluster one CTA or two"
+        if not (2 <= self.x_stages <= MOST_STAGES and 2 <= self.w_stages <= MOST_STAGES):
+            return f"a ring has 2 to {MOST_STAGES} stages"
+        if self.height(problem.slabs.rows) not in (64, 128) or self.height(problem.slabs.rows) * self.tokens > 64 * 256:
+            return f"a warpgroup has 64 or 128 rows and accumulators for 64x256, not {self.height(problem.slabs.rows)}x{self.tokens}"
+        if self.panels == 2 and not problem.slabs.in_pairs:
+            return "panels that share X need 2:4 tiles that start at multiples of 128 columns"
+        if self.shared_bytes(problem.slabs.rows) > gpu.shared_bytes:
+            need = self.shared_bytes(problem.slabs.rows)
+            return f"needs {need} bytes of shared memory on an SM, {gpu.name} has {gpu.shared_bytes}"
+        return None
+
+
+@dataclass(frozen=True)
 class Gemm:
     """The library's dense GEMM. expand: W is first written out of the packed form into a temporary."""
 
@@ -133,7 +196,7 @@ class Reference:
         return None if problem.slabs is None else "the weight is held as slabs"
 
 
-Schedule = Decode | Gemm | Reference
+Schedule = Decode | Prefill | Gemm | Reference
 
 
 def legal_schedules(problem: Problem, gpu: GpuSpec, tokens: int) -> Iterator[Schedule]:
@@ -156,3 +219,14 @@ def _all_schedules(gpu: GpuSpec, tokens: int) -> Iterator[Schedule]:
     if family == "hopper" and tile <= 32:  # of more tokens too much would be copied twice
         for stages in (s for s in STAGE_COUNTS if s >= 4):
             yield Decode(family, tile, stages, 1, early_start=True, halves=True)
+
+
+def prefill_schedules(problem: Problem, gpu: GpuSpec) -> Iterator[Prefill]:
+    """Every legal one worth a thought: rings that fill the shared memory. Not among `legal_schedules` until measured."""
+    for tokens in PREFILL_TILES:
+        for panels in (1, 2):
+            for cluster in (1, 2):
+                for w_stages in (2, 3, 4, 5):
+                    fitting = (Prefill(tokens, panels, x, w_stages, cluster) for x in range(10, 2, -1))
+                    legal = (s for s in fitting if s.why_illegal(problem, gpu) is None)
+                    yield from islice(legal, 1)

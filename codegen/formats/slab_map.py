@@ -73,6 +73,12 @@ class SlabMap:
         second = self.words >> BLOCK_BITS & ((1 << BLOCK_BITS) - 1)
         return torch.stack([first, torch.where(self.sparse, second, first)], 1).long()
 
+    @cached_property
+    def in_pairs(self) -> bool:
+        """Whether every sparse slab's blocks are 2 j and 2 j + 1: so it is where 2:4 tiles start at multiples of 128 columns."""
+        first, second = self.half_blocks[self.sparse].unbind(1)
+        return bool(((first % 2 == 0) & (second == first + 1)).all())
+
 
 def block_count(tile_map: TileMap) -> int:
     """Blocks of X, also the number that stands for none of them."""

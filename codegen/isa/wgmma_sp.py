@@ -32,9 +32,9 @@ def slab_product(tokens: int, dtype: str) -> str:
         # each warpgroup multiplies its own 64 rows: 8192 bytes further in the slab
         "shr.u32 part, tid, 7;",
         f"mad.lo.u32 address, part, {64 * _ROW_BYTES}, {values};",
-        *_descriptor("a", "address"),
-        *_descriptor("b0", x0),
-        *_descriptor("b1", x1),
+        *descriptor_of("a", "address"),
+        *descriptor_of("b0", x0),
+        *descriptor_of("b1", x1),
         f"mad.lo.u32 address, tid, 4, {metadata};",
         "ld.shared.b32 m0, [address];",
         f"add.u32 address, address, {half};",
@@ -59,7 +59,8 @@ def slab_constraints(tokens: int) -> str:
     return ",".join(["=f"] * n + [str(i) for i in range(n)] + ["r"] * 5)
 
 
-def _descriptor(register: str, address: str) -> list[str]:
+def descriptor_of(register: str, address: str) -> list[str]:
+    """PTX that makes the descriptor of the operand at a shared memory address."""
     return [
         f"{{ .reg .b32 low; shr.u32 low, {address}, 4; and.b32 low, low, 0x3FFF; cvt.u64.u32 {register}, low; }}",
         f"or.b64 {register}, {register}, {_DESCRIPTOR};",

@@ -1,0 +1,275 @@
+"""Prefill on Hopper: Yᵀ = W·Xᵀ with W and X loaded by TMA into two rings in shared memory, wgmma and wgmma.sp on them.
+
+As many CTAs as run at once, each with a list of items made on the host (codegen/prefill_plan.py): a group of PANELS panels and
+a tile of TOKENS tokens. Two warpgroups compute. With one panel in a group each takes half of its rows, with two each takes one,
+and both read every block of X that is loaded. Warps of their own keep the rings full, across items: one loads X, one for each
+panel its slabs, in the order of the group's program, in which dense and 2:4 slabs, and blocks that a panel skips, come in runs.
+Both kinds add to the same accumulators; nothing depends on who is faster.
+
+With CTAS = 2 the CTAs of a cluster have neighbouring token tiles of the same group, and share its slabs by TMA multicast.
+"""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma_wait,
+)
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from codegen.isa import mbarrier as ptx_mbarrier
+from codegen.isa import wgmma
+
+# --- schedule: codegen/emit.py rewrites this block ---
+DTYPE = gl.constexpr(gl.bfloat16)
+ROWS = gl.constexpr(128)  # of a panel
+PANELS = gl.constexpr(1)  # of a group
+TOKENS = gl.constexpr(256)  # of a CTA's tile; X is padded with zeros by TMA
+CTAS = gl.constexpr(1)  # of a cluster
+X_STAGES = gl.constexpr(4)  # blocks of X in flight
+W_STAGES = gl.constexpr(3)  # slabs of each panel in flight
+OUT_TOKENS = gl.constexpr(64)  # that leave through shared memory at once
+HAS_BIAS = gl.constexpr(False)
+EARLY_START = gl.constexpr(False)  # programmatic dependent launch: fetch weights while the kernel before still runs
+DENSE = gl.constexpr(wgmma.dense_block(1, 256, "bf16"))
+SPARSE_0 = gl.constexpr(wgmma.sparse_half(0, 128, 1, 256, "bf16"))
+SPARSE_1 = gl.constexpr(wgmma.sparse_half(1, 128, 1, 256, "bf16"))
+DENSE_OPERANDS = gl.constexpr(wgmma.constraints(1, 256, 2))
+SPARSE_OPERANDS = gl.constexpr(wgmma.constraints(1, 256, 3))
+WAIT = gl.constexpr(ptx_mbarrier.wait(1))
+RELEASE = gl.constexpr(ptx_mbarrier.release(1, False))
+RELEASE_W = gl.constexpr(ptx_mbarrier.release(1, True))
+# --- end of schedule ---
+
+HEIGHT = gl.constexpr(ROWS * PANELS // 2)  # rows that a warpgroup computes
+HEADER = gl.constexpr(16)  # of a group
+PANEL = gl.constexpr(6)  # of that, for each panel after the first two
+
+
+@gluon.jit
+def _next(slot, phase, stages: gl.constexpr):
+    slot += 1
+    phase = phase ^ (slot == stages).to(gl.int32)
+    return gl.where(slot == stages, 0, slot), phase
+
+
+@gluon.jit
+def _load_x(x_desc, program, items, n_items, x, ready, empty):
+    if EARLY_START:
+        gdc_wait()  # X is what the kernel before writes
+    slot = 0
+    phase = 0
+    word = gl.load(items)
+    group = program + (word & 0xFFFF) * HEADER
+    first = gl.load(group)
+    count = gl.load(group + 1)
+    for i in range(n_items):
+        token = (word >> 16) * (TOKENS * CTAS)
+        entry = program + first
+        blocks = count
+        block = gl.load(entry)
+        # the next item's, long before it is needed
+        word = gl.load(items + i + 1)
+        group = program + (word & 0xFFFF) * HEADER
+        first = gl.load(group)
+        count = gl.load(group + 1)
+        for _ in range(blocks):
+            entry += 1
+            after = gl.load(entry)
+            mbarrier.wait(empty.index(slot), phase ^ 1)
+            mbarrier.expect(ready.index(slot), TOKENS * 128)
+            tma.async_load(x_desc, [token, block * 64], ready.index(slot), x.index(slot))
+            block = after
+            slot, phase = _next(slot, phase, X_STAGES)
+
+
+@gluon.jit
+def _load_w(values_desc, metadata_desc, program, items, n_items, values, metadata, ready, empty, RING: gl.constexpr):
+    base: gl.constexpr = RING * W_STAGES
+    mine: gl.constexpr = 2 + PANEL * RING
+    slot = 0
+    phase = 0
+    if RING >= PANELS:
+        n_items = 0
+    group = program + (gl.load(items) & 0xFFFF) * HEADER + mine
+    first = gl.load(group + 1)
+    count = gl.load(group + 2)
+    for i in range(n_items):
+        entry = program + first
+        slabs = count
+        slab = gl.load(entry)
+        metadata_row = gl.load(entry + 1)
+        group = program + (gl.load(items + i + 1) & 0xFFFF) * HEADER + mine
+        first = gl.load(group + 1)
+        count = gl.load(group + 2)
+        for _ in range(slabs):
+            entry += 2
+            next_slab = gl.load(entry)
+            next_row = gl.load(entry + 1)
+            sparse = metadata_row >= 0
+            barrier = ready.index(base + slot)
+            mbarrier.wait(empty.index(base + slot), phase ^ 1)
+            mbarrier.expect(barrier, ROWS * 128 + ROWS * 16, pred=sparse)
+            mbarrier.expect(barrier, ROWS * 128, pred=metadata_row < 0)
+            tma.async_load(values_desc, [slab * ROWS, 0], barrier, values.index(base + slot), multicast=CTAS > 1)
+            tma.async_load(
+                metadata_desc, [metadata_row * 2, 0], barrier, metadata.index(base + slot), pred=sparse, multicast=CTAS > 1
+            )
+            slab = next_slab
+            metadata_row = next_row
+            slot, phase = _next(slot, phase, W_STAGES)
+
+
+@gluon.jit
+def _store(y_desc, acc, feature, token, out, WARPGROUP: gl.constexpr, TURN: gl.constexpr):
+    """acc [HEIGHT, CTAS * tokens] to Y, in slices of OUT_TOKENS tokens that take turns in `out`. token: this CTA's first."""
+    tokens: gl.constexpr = acc.shape[1] // CTAS
+    if tokens > OUT_TOKENS:
+        half: gl.constexpr = tokens // 2
+        low, high = acc.reshape([HEIGHT, CTAS, 2, half]).permute((0, 1, 3, 2)).split()
+        _store(y_desc, low.reshape([HEIGHT, CTAS * half]), feature, token, out, WARPGROUP, TURN)
+        _store(y_desc, high.reshape([HEIGHT, CTAS * half]), feature, token + half, out, WARPGROUP, TURN + half // OUT_TOKENS)
+    else:
+        turn = out.index(TURN % 2 + 2 * WARPGROUP)
+        tma.store_wait(1)
+        turn.store(acc.to(DTYPE).permute((1, 0)))
+        fence_async_shared()
+        tma.async_store(y_desc, [token, feature], turn)
+
+
+@gluon.jit
+def _compute(
+    y_desc, bias_ptr, program, items, n_items, out_features, values, metadata, x, out,
+    ready_x, empty_x, ready_w, empty_w, WARPGROUP: gl.constexpr,
+):  # fmt: skip
+    split: gl.constexpr = [[0, 1]] if CTAS > 1 else []
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TOKENS, 16], cga_layout=split
+    )
+    row = gl.arange(0, HEIGHT, gl.SliceLayout(1, acc_layout))
+    ring: gl.constexpr = WARPGROUP if PANELS == 2 else 0
+    base: gl.constexpr = ring * W_STAGES
+    upper: gl.constexpr = 0 if PANELS == 2 else WARPGROUP * HEIGHT  # rows of the panel above this warpgroup's
+    mine: gl.constexpr = 2 + PANEL * ring
+    rank = gl.inline_asm("mov.u32 $0, %cluster_ctarank;", "=r", [], gl.int32) if CTAS > 1 else 0
+    if EARLY_START:
+        gdc_wait()  # Y may still be in use by the kernel before
+    x_slot = 0
+    x_phase = 0
+    w_slot = 0
+    w_phase = 0
+    word = gl.load(items)
+    group = program + (word & 0xFFFF) * HEADER + mine
+    panel = gl.load(group)
+    runs = gl.load(group + 3)
+    n_runs = gl.load(group + 4)
+    run = gl.load(program + runs)
+    for i in range(n_items):
+        token = (word >> 16) * (TOKENS * CTAS)
+        here = panel
+        entry = program + runs
+        count = n_runs
+        feature = here * ROWS + upper
+        if HAS_BIAS:
+            known = (row < out_features - feature) & (here >= 0)
+            bias = gl.load(bias_ptr + feature + row, mask=known, other=0.0)
+        # the next item's, long before it is needed
+        word = gl.load(items + i + 1)
+        group = program + (word & 0xFFFF) * HEADER + mine
+        panel = gl.load(group)
+        runs = gl.load(group + 3)
+        n_runs = gl.load(group + 4)
+
+        acc = gl.zeros([HEIGHT, TOKENS * CTAS], gl.float32, acc_layout)
+        for _ in range(count):
+            entry += 1
+            after = gl.load(entry)
+            for _ in range(run & 0x3FF):  # blocks for the other panel
+                gl.inline_asm(WAIT, "r,r", [ready_x.index(x_slot), x_phase])
+                mbarrier.arrive(empty_x.index(x_slot), count=1)
+                x_slot, x_phase = _next(x_slot, x_phase, X_STAGES)
+            for _ in range(run >> 10 & 0x3FF):
+                gl.inline_asm(WAIT, "r,r", [ready_w.index(base + w_slot), w_phase])
+                gl.inline_asm(WAIT, "r,r", [ready_x.index(x_slot), x_phase])
+                weights = values.index(base + w_slot).slice(upper, HEIGHT)
+                acc = gl.inline_asm(DENSE, DENSE_OPERANDS, [acc, weights, x.index(x_slot)], acc.type)
+                gl.inline_asm(RELEASE, "r", [empty_x.index(x_slot)])
+                gl.inline_asm(RELEASE_W, "r", [empty_w.index(base + w_slot)])
+                x_slot, x_phase = _next(x_slot, x_phase, X_STAGES)
+                w_slot, w_phase = _next(w_slot, w_phase, W_STAGES)
+            for _ in range(run >> 20):
+                gl.inline_asm(WAIT, "r,r", [ready_w.index(base + w_slot), w_phase])
+                gl.inline_asm(WAIT, "r,r", [ready_x.index(x_slot), x_phase])
+                weights = values.index(base + w_slot).slice(upper, HEIGHT)
+                positions = metadata.index(base + w_slot).slice(upper * 2, HEIGHT * 2, dim=1)
+                acc = gl.inline_asm(SPARSE_0, SPARSE_OPERANDS, [acc, weights, x.index(x_slot), positions], acc.type)
+                x_first = x_slot
+                x_slot, x_phase = _next(x_slot, x_phase, X_STAGES)
+                gl.inline_asm(WAIT, "r,r", [ready_x.index(x_slot), x_phase])
+                acc = gl.inline_asm(SPARSE_1, SPARSE_OPERANDS, [acc, weights, x.index(x_slot), positions], acc.type)
+                gl.inline_asm(RELEASE, "r", [empty_x.index(x_first)])
+                acc = warpgroup_mma_wait(0, deps=[acc])
+                gl.inline_asm(RELEASE, "r", [empty_x.index(x_slot)])
+                gl.inline_asm(RELEASE_W, "r", [empty_w.index(base + w_slot)])
+                x_slot, x_phase = _next(x_slot, x_phase, X_STAGES)
+                w_slot, w_phase = _next(w_slot, w_phase, W_STAGES)
+            run = after
+        run = gl.load(program + runs)
+        if HAS_BIAS:
+            acc += bias.to(gl.float32)[:, None]
+        if here >= 0:
+            # a slice's tokens of the two CTAs lie TOKENS apart, not side by side as the copy has them
+            _store(y_desc, acc, feature, token + rank * (TOKENS - OUT_TOKENS), out, WARPGROUP, 0)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["items_stride"])
+def hopper_prefill(
+    x_desc, values_desc, metadata_desc, y_desc, bias_ptr, program_ptr, items_ptr, items_stride, out_features
+):  # fmt: skip
+    """x [tokens, K], values [slabs * rows, 64], metadata [sparse slabs * 2, 2 * rows] and y [tokens, out_features] through TMA.
+
+    Grid: rows of the table of items; 4 warps. program: the groups' program. items: int32 [grid, items_stride], the number of
+    items, then group | token tile << 16 for each.
+    """
+    items = items_ptr + gl.program_id(0) * items_stride
+    n_items = gl.load(items)
+    items += 1
+    values = gl.allocate_shared_memory(DTYPE, [PANELS * W_STAGES, ROWS, 64], values_desc.layout)
+    metadata = gl.allocate_shared_memory(gl.int32, [PANELS * W_STAGES, 2, ROWS * 2], metadata_desc.layout)
+    x = gl.allocate_shared_memory(DTYPE, [X_STAGES, TOKENS * CTAS, 64], x_desc.layout)
+    out = gl.allocate_shared_memory(DTYPE, [4, OUT_TOKENS * CTAS, HEIGHT], y_desc.layout)
+    ready_x = mbarrier.allocate_mbarrier(batch=X_STAGES)
+    empty_x = mbarrier.allocate_mbarrier(batch=X_STAGES)
+    ready_w = mbarrier.allocate_mbarrier(batch=PANELS * W_STAGES)
+    empty_w = mbarrier.allocate_mbarrier(batch=PANELS * W_STAGES)
+    for i in gl.static_range(X_STAGES):
+        mbarrier.init(ready_x.index(i), count=1)
+        mbarrier.init(empty_x.index(i), count=2)
+    for i in gl.static_range(PANELS * W_STAGES):
+        mbarrier.init(ready_w.index(i), count=1)
+        mbarrier.init(empty_w.index(i), count=CTAS * 2 // PANELS)
+    if EARLY_START:
+        gdc_launch_dependents()
+    gl.warp_specialize(
+        [
+            (_compute, (y_desc, bias_ptr, program_ptr, items, n_items, out_features, values, metadata, x, out,
+                        ready_x, empty_x, ready_w, empty_w, 0)),
+            (_compute, (y_desc, bias_ptr, program_ptr, items, n_items, out_features, values, metadata, x, out,
+                        ready_x, empty_x, ready_w, empty_w, 1)),
+            (_load_x, (x_desc, program_ptr, items, n_items, x, ready_x, empty_x)),
+            (_load_w, (values_desc, metadata_desc, program_ptr, items, n_items, values, metadata, ready_w, empty_w, 0)),
+            (_load_w, (values_desc, metadata_desc, program_ptr, items, n_items, values, metadata, ready_w, empty_w, 1)),
+        ],
+        [4, 1, 1, 1],
+        [232, 40, 40, 40],
+    )  # fmt: skip
+    values._keep_alive()
+    metadata._keep_alive()
+    x._keep_alive()
+    out._keep_alive()

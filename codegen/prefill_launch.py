@@ -1,0 +1,84 @@
+"""Launches of the prefill kernel: programs and lists of items on the device, descriptors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from codegen import emit
+from codegen.gpu import GpuSpec
+from codegen.prefill_cost import item_cost
+from codegen.prefill_plan import deal, program
+from codegen.schedule import Prefill, Problem
+
+
+class PrefillLaunch:
+    """One schedule's launches of one layer. Lists of items are made for each number of token tiles that it meets, and kept:
+    captured graphs may point to them.
+
+    to_device: brings a table there to stay, or says why it cannot now. made_for: a line for the emitted module.
+    """
+
+    def __init__(
+        self, schedule: Prefill, problem: Problem, gpu: GpuSpec, to_device: Callable[[Tensor], Tensor], made_for: str
+    ) -> None:
+        assert problem.slabs is not None
+        self.schedule, self.problem, self.gpu, self._to_device = schedule, problem, gpu, to_device
+        self.rows = problem.slabs.rows
+        self._work = program(problem.slabs, schedule.panels, item_cost(schedule, self.rows, gpu))
+        self._program = to_device(self._work.table)
+        self._items: dict[int, Tensor] = {}
+        self._jit = emit.kernel(emit.Specialisation(schedule, self.rows, problem.dtype, problem.bias), made_for)
+        self._options: dict[str, Any] = {"num_warps": 4}
+        if schedule.cluster > 1:
+            self._options["num_ctas"] = schedule.cluster
+        if schedule.early_start:
+            self._options["launch_pdl"] = True
+
+    def __call__(self, y: Tensor, x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None) -> None:
+        """As `Layer.run`."""
+        if x.data_ptr() % 16:
+            x = x.clone()
+        out = torch.empty_like(y) if y.data_ptr() % 16 else y  # TMA writes to multiples of 16 bytes
+        items = self._items_for(x.shape[0])
+        self._jit[(items.shape[0],)](
+            *self._descriptors(x, values, metadata, out), y if bias is None else bias, self._program, items, items.shape[1],
+            self.problem.shape[0], **self._options,
+        )  # fmt: skip
+        if out is not y:
+            y.copy_(out)
+
+    def _items_for(self, tokens: int) -> Tensor:
+        s = self.schedule
+        width = s.tokens * s.cluster
+        tiles = -(-tokens // width)
+        found = self._items.get(tiles)
+        if found is None:
+            table, _ = deal(
+                self._work.costs, tiles, self.gpu.sms // s.cluster, tokens=width, in_features=self.problem.shape[1]
+            )
+            found = self._items[tiles] = self._to_device(table)
+        return found
+
+    def _descriptors(self, x: Tensor, values: Tensor, metadata: Tensor, y: Tensor) -> tuple[Any, ...]:
+        from triton.experimental.gluon import language as gl
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+        s, rows = self.schedule, self.rows
+        # of a cluster's two CTAs each has its own tokens, both have all of the weights
+        own, both = ([[1, 0]], [[0, 0]]) if s.cluster > 1 else ([], [])
+
+        def describe(t: Tensor, block: list[int], swizzle: int, split: list[list[int]]) -> Any:
+            layout = gl.NVMMASharedLayout(swizzle, t.element_size() * 8, 2, cga_layout=split)
+            return TensorDescriptor(t, list(t.shape), list(t.stride()), block, layout)
+
+        # TMA has no empty tensors. What stands for one is never read
+        values = values.view(-1, 64) if values.numel() else x.new_empty((rows, 64))
+        metadata = (metadata if metadata.numel() else values.view(torch.int32)).view(-1, 2 * rows)
+        return (
+            describe(x, [s.tokens * s.cluster, 64], 128, own), describe(values, [rows, 64], 128, both),
+            describe(metadata, [2, 2 * rows], 0, both), describe(y, [s.out_tokens(rows) * s.cluster, s.height(rows)], 128, own),
+        )  # fmt: skip
