@@ -32,8 +32,8 @@ HEADER = 16
 SKIP, DENSE, SPARSE = range(3)
 _LONGEST = 1023  # run of one kind
 _X_BYTES = 16_000_000  # of X that items in flight read again and again: a third of an H100's L2 cache
-_LARGEST_MATCHING = 64  # panels; more are paired greedily
-_EXCHANGES = 400
+_PASSES = 8  # of looking for pairs that gain by exchanging members
+_EXCHANGES = 400  # of items between lists
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def program(slabs: SlabMap, panels: int, cost: ItemCost) -> Program:
 
 
 def pairs(slabs: SlabMap, cost: ItemCost) -> list[tuple[int, int]]:
-    """Every panel once, -1 beside one that is left over: a matching of the largest total gain.
+    """Every panel once, -1 beside one that is left over: a matching of large total gain.
 
     Two panels gain the blocks of X that they share; pairs of unequal cost lose by the square of what is more than the mean.
     """
@@ -101,30 +101,27 @@ def pairs(slabs: SlabMap, cost: ItemCost) -> list[tuple[int, int]]:
         work, reads = np.append(work, 0.0), np.concatenate([reads, reads[:1] * 0])
     over = work[:, None] + work - 2 * work.mean()
     gain = cost.block * (reads @ reads.T) - over**2 / max(work.mean(), 1e-9)
-    found = _matching(gain) if len(work) <= _LARGEST_MATCHING else _greedy(gain, work)
-    return sorted((a, b if b < slabs.panels else -1) for a, b in found)
+    found = _exchange(gain, np.argsort(-work, kind="stable"))
+    return sorted((min(a, b), max(a, b) if max(a, b) < slabs.panels else -1) for a, b in found)
 
 
-def _matching(gain: np.ndarray) -> list[tuple[int, int]]:
-    import networkx
-
-    n = len(gain)
-    graph = networkx.Graph()
-    graph.add_weighted_edges_from((a, b, float(gain[a, b])) for a in range(n) for b in range(a + 1, n))
-    found = networkx.max_weight_matching(graph, maxcardinality=True)
-    return sorted((min(pair), max(pair)) for pair in found)
-
-
-def _greedy(gain: np.ndarray, work: np.ndarray) -> list[tuple[int, int]]:
-    """The heaviest panel that is left takes the one it gains most with."""
-    free, found = np.ones(len(work), dtype=bool), []
-    for a in np.argsort(-work, kind="stable").tolist():
-        if free[a]:
-            free[a] = False
-            b = int(np.where(free, gain[a], -np.inf).argmax())
-            free[b] = False
-            found.append((min(a, b), max(a, b)))
-    return found
+def _exchange(gain: np.ndarray, order: np.ndarray) -> list[tuple[int, int]]:
+    """Pairs of all of `order`, an even number: first with last and so on, then pairs exchange members while that gains."""
+    half = len(order) // 2
+    a, b = order[:half].copy(), order[half:][::-1].copy()
+    for _ in range(_PASSES):
+        before = gain[a, b].sum()
+        for i in range(half):
+            now = gain[a[i], b[i]] + gain[a, b]
+            ways = np.stack([gain[a[i], a] + gain[b[i], b], gain[a[i], b] + gain[b[i], a]]) - now
+            ways[:, i] = 0
+            way, j = divmod(int(ways.argmax()), half)
+            if ways[way, j] > 1e-9:
+                taken = b if way else a  # becomes the partner of a[i], whose old partner takes its place
+                b[i], taken[j] = taken[j], b[i]
+        if gain[a, b].sum() <= before + 1e-9:
+            break
+    return list(zip(a.tolist(), b.tolist(), strict=True))
 
 
 def _spread(categories: np.ndarray) -> np.ndarray:
