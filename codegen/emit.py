@@ -87,7 +87,8 @@ class Specialisation:
             "ROWS": str(self.rows),
             "PANELS": str(s.panels),
             "TOKENS": str(s.tokens),
-            "CTAS": str(s.cluster),
+            "TOKEN_CTAS": str(s.token_ctas),
+            "PANEL_CTAS": str(s.panel_ctas),
             "X_STAGES": str(s.x_stages),
             "W_STAGES": str(s.w_stages),
             "OUT_TOKENS": str(s.out_tokens(self.rows)),
@@ -98,9 +99,9 @@ class Specialisation:
             "SPARSE_1": _text(wgmma.sparse_half(1, self.rows, strips, s.tokens, dtype)),
             "DENSE_OPERANDS": _text(wgmma.constraints(strips, s.tokens, 2)),
             "SPARSE_OPERANDS": _text(wgmma.constraints(strips, s.tokens, 3)),
-            "WAIT": _text(mbarrier.wait(s.cluster)),
-            "RELEASE": _text(mbarrier.release(s.cluster, everywhere=False)),
-            "RELEASE_W": _text(mbarrier.release(s.cluster, everywhere=True)),
+            "WAIT": _text(mbarrier.wait(s.ctas)),
+            "RELEASE_X": _text(mbarrier.release(s.ctas, everywhere=s.cluster == "panels")),
+            "RELEASE_W": _text(mbarrier.release(s.ctas, everywhere=s.cluster == "tokens")),
         }
 
     @property

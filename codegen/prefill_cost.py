@@ -48,7 +48,7 @@ def item_cost(schedule: Prefill, rows: int, gpu: GpuSpec, c: PrefillConstants = 
     """
     tensor, (dense, sparse, block) = 2 * rows * 64 * schedule.tokens * gpu.sms / (c.tensor * gpu.dense_flops), _l2(schedule, rows)
     way = gpu.sms / (c.l2 * gpu.l2_bandwidth)
-    x = block * way / schedule.panels
+    x = block * way
     return ItemCost(
         dense=max(tensor, dense * way + x), sparse=max(tensor * sparse_slowdown(schedule), sparse * way + 2 * x), block=0.0, end=c.end
     )
@@ -58,13 +58,13 @@ def predict_prefill(problem: Problem, schedule: Prefill, gpu: GpuSpec, tokens: i
     """Seconds: the longest list of items. ValueError for a weight without slabs."""
     if problem.slabs is None:
         raise ValueError(f"a weight {problem.shape[0]}x{problem.shape[1]} without slabs has no prefill schedule")
-    work = program(problem.slabs, schedule.panels, item_cost(schedule, problem.slabs.rows, gpu, c))
-    tiles = -(-tokens // (schedule.tokens * schedule.cluster))
-    workers = gpu.sms // schedule.cluster
-    _, load = deal(work.costs, tiles, workers, tokens=schedule.tokens * schedule.cluster, in_features=problem.shape[1])
+    work = program(problem.slabs, schedule.group, item_cost(schedule, problem.slabs.rows, gpu, c))
+    tiles = -(-tokens // (schedule.tokens * schedule.token_ctas))
+    workers = gpu.sms // schedule.ctas
+    _, load = deal(work.costs, tiles, workers, tokens=schedule.tokens * schedule.token_ctas, in_features=problem.shape[1])
     return c.start + float(load.max())
 
 
 def _l2(schedule: Prefill, rows: int) -> tuple[float, float, float]:
-    """Bytes from L2 of a dense slab, a sparse slab and a block of X."""
-    return rows * 128 / schedule.cluster, rows * 144 / schedule.cluster, schedule.tokens * 128.0
+    """Bytes from L2 of a dense slab, a sparse slab and a block of X, for one panel of a group."""
+    return rows * 128 / schedule.token_ctas, rows * 144 / schedule.token_ctas, schedule.tokens * 128 / schedule.group

@@ -28,13 +28,13 @@ class PrefillLaunch:
         assert problem.slabs is not None
         self.schedule, self.problem, self.gpu, self._to_device = schedule, problem, gpu, to_device
         self.rows = problem.slabs.rows
-        self._work = program(problem.slabs, schedule.panels, item_cost(schedule, self.rows, gpu))
+        self._work = program(problem.slabs, schedule.group, item_cost(schedule, self.rows, gpu))
         self._program = to_device(self._work.table)
         self._items: dict[int, Tensor] = {}
         self._jit = emit.kernel(emit.Specialisation(schedule, self.rows, problem.dtype, problem.bias), made_for)
         self._options: dict[str, Any] = {"num_warps": 4}
-        if schedule.cluster > 1:
-            self._options["num_ctas"] = schedule.cluster
+        if schedule.cluster:
+            self._options["num_ctas"] = schedule.ctas
         if schedule.early_start:
             self._options["launch_pdl"] = True
 
@@ -53,12 +53,12 @@ class PrefillLaunch:
 
     def _items_for(self, tokens: int) -> Tensor:
         s = self.schedule
-        width = s.tokens * s.cluster
+        width = s.tokens * s.token_ctas
         tiles = -(-tokens // width)
         found = self._items.get(tiles)
         if found is None:
             table, _ = deal(
-                self._work.costs, tiles, self.gpu.sms // s.cluster, tokens=width, in_features=self.problem.shape[1]
+                self._work.costs, tiles, self.gpu.sms // s.ctas, tokens=width, in_features=self.problem.shape[1]
             )
             found = self._items[tiles] = self._to_device(table)
         return found
@@ -68,8 +68,9 @@ class PrefillLaunch:
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
         s, rows = self.schedule, self.rows
-        # of a cluster's two CTAs each has its own tokens, both have all of the weights
-        own, both = ([[1, 0]], [[0, 0]]) if s.cluster > 1 else ([], [])
+        # which dimension of a tensor the CTAs of a cluster divide among them; [0, 0]: both have all of it
+        divided = {"": ([], [], []), "tokens": ([[1, 0]], [[0, 0]], [[1, 0]]), "panels": ([[0, 0]], [[0, 0]], [[0, 1]])}
+        of_x, of_weights, of_y = divided[s.cluster]
 
         def describe(t: Tensor, block: list[int], swizzle: int, split: list[list[int]]) -> Any:
             layout = gl.NVMMASharedLayout(swizzle, t.element_size() * 8, 2, cga_layout=split)
@@ -78,7 +79,8 @@ class PrefillLaunch:
         # TMA has no empty tensors. What stands for one is never read
         values = values.view(-1, 64) if values.numel() else x.new_empty((rows, 64))
         metadata = (metadata if metadata.numel() else values.view(torch.int32)).view(-1, 2 * rows)
+        out = [s.out_tokens(rows) * s.token_ctas, s.height(rows) * s.panel_ctas]
         return (
-            describe(x, [s.tokens * s.cluster, 64], 128, own), describe(values, [rows, 64], 128, both),
-            describe(metadata, [2, 2 * rows], 0, both), describe(y, [s.out_tokens(rows) * s.cluster, s.height(rows)], 128, own),
+            describe(x, [s.tokens * s.token_ctas, 64], 128, of_x), describe(values, [rows, 64], 128, of_weights),
+            describe(metadata, [2, 2 * rows], 0, of_weights), describe(y, out, 128, of_y),
         )  # fmt: skip

@@ -13,8 +13,10 @@ from typing import Literal
 from codegen.formats.slab_map import SlabMap
 from codegen.gpu import GpuSpec
 
+Cluster = Literal["", "tokens", "panels"]
 TOKEN_TILES = (8, 16, 32, 64, 128)
 PREFILL_TILES = (128, 256)
+CLUSTERS: tuple[Cluster, ...] = ("", "tokens", "panels")
 STAGE_COUNTS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
 
 
@@ -112,24 +114,42 @@ class Prefill:
     """Many tokens on Hopper: a persistent launch over a list of items for each CTA (codegen/prefill_plan.py).
 
     tokens: width of the token tile. panels: that a CTA computes at once, each block of X is loaded once for all of them.
-    x_stages, w_stages: blocks of X and slabs of each panel in flight. cluster: CTAs with neighbouring token tiles that share
-    the slabs by TMA multicast. early_start: programmatic dependent launch.
+    x_stages, w_stages: blocks of X and slabs of each panel in flight. cluster: what two CTAs side by side differ in, "tokens"
+    (they share the slabs by TMA multicast) or "panels" (they share the blocks of X). early_start: programmatic dependent launch.
     """
 
     tokens: int
     panels: int
     x_stages: int
     w_stages: int
-    cluster: int = 1
+    cluster: Cluster = ""
     early_start: bool = False
 
     def __str__(self) -> str:
-        words = (f" cluster {self.cluster}" if self.cluster > 1 else "") + (" early" if self.early_start else "")
+        words = (f" two {self.cluster}" if self.cluster else "") + (" early" if self.early_start else "")
         return f"prefill {self.panels}p {self.tokens}t x{self.x_stages}+{self.w_stages}{words}"
 
     @property
     def family(self) -> Literal["prefill"]:
         return "prefill"
+
+    @property
+    def ctas(self) -> int:
+        """Of a cluster."""
+        return 2 if self.cluster else 1
+
+    @property
+    def token_ctas(self) -> int:
+        return 2 if self.cluster == "tokens" else 1
+
+    @property
+    def panel_ctas(self) -> int:
+        return 2 if self.cluster == "panels" else 1
+
+    @property
+    def group(self) -> int:
+        """Panels that share the blocks of X."""
+        return self.panels * self.panel_ctas
 
     def height(self, rows: int) -> int:
         """Rows that one of the two warpgroups computes. rows: of a panel."""
@@ -154,13 +174,13 @@ class Prefill:
             return f"rows of X and Y must start at multiples of 16 bytes, {problem.shape[0]}x{problem.shape[1]} is not of eights"
         if not gpu.runs_hopper:
             return f"needs sm_90 and Triton 3.9, here is sm_{gpu.capability} and Triton {gpu.triton}"
-        if self.tokens not in PREFILL_TILES or self.panels not in (1, 2) or self.cluster not in (1, 2):
-            return f"token tiles are {PREFILL_TILES}, a CTA has one panel or two, a cluster one CTA or two"
+        if self.tokens not in PREFILL_TILES or self.panels not in (1, 2) or self.cluster not in CLUSTERS or self.group > 2:
+            return f"token tiles are {PREFILL_TILES}, clusters {CLUSTERS}, a group has one panel or two"
         if not (2 <= self.x_stages <= MOST_STAGES and 2 <= self.w_stages <= MOST_STAGES):
             return f"a ring has 2 to {MOST_STAGES} stages"
         if self.height(problem.slabs.rows) not in (64, 128) or self.height(problem.slabs.rows) * self.tokens > 64 * 256:
             return f"a warpgroup has 64 or 128 rows and accumulators for 64x256, not {self.height(problem.slabs.rows)}x{self.tokens}"
-        if self.panels == 2 and not problem.slabs.in_pairs:
+        if self.group == 2 and not problem.slabs.in_pairs:
             return "panels that share X need 2:4 tiles that start at multiples of 128 columns"
         if self.shared_bytes(problem.slabs.rows) > gpu.shared_bytes:
             need = self.shared_bytes(problem.slabs.rows)
@@ -225,7 +245,7 @@ def prefill_schedules(problem: Problem, gpu: GpuSpec) -> Iterator[Prefill]:
     """Every legal one worth a thought: rings that fill the shared memory. Not among `legal_schedules` until measured."""
     for tokens in PREFILL_TILES:
         for panels in (1, 2):
-            for cluster in (1, 2):
+            for cluster in CLUSTERS:
                 for w_stages in (2, 3, 4, 5):
                     fitting = (Prefill(tokens, panels, x, w_stages, cluster) for x in range(10, 2, -1))
                     legal = (s for s in fitting if s.why_illegal(problem, gpu) is None)

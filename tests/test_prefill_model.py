@@ -16,7 +16,7 @@ from codegen.formats.oracle import tensor_copy
 from codegen.formats.slabs import Slabs, to_slabs
 from codegen.isa import wgmma
 from codegen.prefill_plan import HEADER, ItemCost, deal, program
-from codegen.schedule import Prefill
+from codegen.schedule import CLUSTERS, Cluster, Prefill
 from patch_compiler import HardMask, TileKind, TileMap, pack
 from patch_compiler.packed import unpack
 
@@ -70,8 +70,8 @@ class Memory:
         self.slabs = s.panels * s.w_stages
         self.x_at, self.metadata_at = self.slabs * rows * 128, self.slabs * rows * 128 + s.x_stages * s.tokens * 128
         self.smem = torch.zeros(self.metadata_at + self.slabs * rows * 16, dtype=torch.uint8)
-        self.ready_x, self.empty_x = ([Barrier(n) for _ in range(s.x_stages)] for n in (1, 2))
-        self.ready_w, self.empty_w = ([Barrier(n) for _ in range(self.slabs)] for n in (1, s.cluster * 2 // s.panels))
+        self.ready_x, self.empty_x = ([Barrier(n) for _ in range(s.x_stages)] for n in (1, 2 * s.panel_ctas))
+        self.ready_w, self.empty_w = ([Barrier(n) for _ in range(self.slabs)] for n in (1, 2 * s.token_ctas // s.panels))
 
     def copy(self, source: Tensor, at: int) -> None:
         self.smem[at : at + source.numel()] = source
@@ -83,11 +83,11 @@ class Model:
     def __init__(self, slabs: Slabs, x: Tensor, s: Prefill, workers: int, seed: int) -> None:
         self.slabs, self.s, self.rows, self.random = slabs, s, slabs.map.rows, random.Random(seed)
         tokens, inputs = x.shape
-        width, blocks = s.tokens * s.cluster, -(-inputs // 64) + 1
+        width, blocks = s.tokens * s.token_ctas, -(-inputs // 64) + 1
         self.tiles = -(-tokens // width)
         padded = torch.nn.functional.pad(x.view(torch.int16), (0, blocks * 64 - inputs, 0, self.tiles * width - tokens))
         self.x = padded.view(-1, s.tokens, blocks, 64).transpose(1, 2).contiguous()  # [tile of a CTA, block, tokens, 64]
-        self.work = program(slabs.map, s.panels, COST)
+        self.work = program(slabs.map, s.group, COST)
         self.table = self.work.table.tolist()
         items, _ = deal(self.work.costs, self.tiles, workers, tokens=width, in_features=inputs)
         self.items = [row[1 : 1 + row[0]] for row in items.tolist()]
@@ -98,9 +98,9 @@ class Model:
 
     def run(self) -> Tensor:
         for items in self.items:
-            memories = [Memory(self.s, self.rows) for _ in range(self.s.cluster)]
+            memories = [Memory(self.s, self.rows) for _ in range(self.s.ctas)]
             roles = []
-            for cta in range(self.s.cluster):
+            for cta in range(self.s.ctas):
                 roles += [self.load_x(memories, cta, items)]
                 roles += [self.load_w(memories, cta, items, panel) for panel in range(self.s.panels)]
                 roles += [self.compute(memories, cta, items, warpgroup) for warpgroup in range(2)]
@@ -123,53 +123,61 @@ class Model:
         return self.table[group * HEADER : (group + 1) * HEADER]
 
     def load_x(self, memories: list[Memory], cta: int, items: list[int]) -> Role:
-        mine, size = memories[cta], self.s.tokens * 128
-        slots = ring(self.s.x_stages)
+        s, size = self.s, self.s.tokens * 128
+        slots = ring(s.x_stages)
         for item in items:
             first, count = self.header(item)[:2]
             for block in self.table[first : first + count]:
                 slot, phase = next(slots)
-                yield mine.empty_x[slot], phase ^ 1
-                mine.ready_x[slot].arrive(size)
+                yield memories[cta].empty_x[slot], phase ^ 1
+                memories[cta].ready_x[slot].arrive(size)
                 yield None
-                tile = (item >> 16) * self.s.cluster + cta
-                mine.copy(tensor_copy(self.x[tile, block]), mine.x_at + slot * size)
-                mine.ready_x[slot].come(size)
+                tile = (item >> 16) * s.token_ctas + (cta if s.token_ctas == 2 else 0)
+                for memory in self.receivers(memories, cta, s.panel_ctas == 2):
+                    memory.copy(tensor_copy(self.x[tile, block]), memory.x_at + slot * size)
+                    memory.ready_x[slot].come(size)
+
+    @staticmethod
+    def receivers(memories: list[Memory], cta: int, multicast: bool) -> list[Memory]:
+        """The first CTA loads for both, or each for itself."""
+        return (memories if cta == 0 else []) if multicast else [memories[cta]]
 
     def load_w(self, memories: list[Memory], cta: int, items: list[int], panel: int) -> Role:
-        mine, slots = memories[cta], ring(self.s.w_stages)
+        s, slots = self.s, ring(self.s.w_stages)
         values, metadata = self.slabs.values, self.slabs.metadata
         for item in items:
-            first, count = self.header(item)[3 + 6 * panel : 5 + 6 * panel]
+            first, count = self.header(item)[3 + 6 * (cta if s.panel_ctas == 2 else panel) :][:2]
             for entry in range(first, first + 2 * count, 2):
                 slab, row = self.table[entry : entry + 2]
                 slot, phase = next(slots)
-                slot += panel * self.s.w_stages
-                yield mine.empty_w[slot], phase ^ 1
+                slot += panel * s.w_stages
+                yield memories[cta].empty_w[slot], phase ^ 1
                 size = self.rows * (128 if row < 0 else 144)
-                mine.ready_w[slot].arrive(size)
+                memories[cta].ready_w[slot].arrive(size)
                 yield None
-                if cta == 0:  # for all of the cluster
-                    for memory in memories:
-                        memory.copy(tensor_copy(values[slab]), slot * self.rows * 128)
-                        if row >= 0:
-                            words = metadata[row].contiguous().view(torch.uint8).flatten()
-                            memory.copy(words, memory.metadata_at + slot * self.rows * 16)
-                        memory.ready_w[slot].come(size)
+                for memory in self.receivers(memories, cta, s.token_ctas == 2):
+                    memory.copy(tensor_copy(values[slab]), slot * self.rows * 128)
+                    if row >= 0:
+                        words = metadata[row].contiguous().view(torch.uint8).flatten()
+                        memory.copy(words, memory.metadata_at + slot * self.rows * 16)
+                    memory.ready_w[slot].come(size)
 
     def compute(self, memories: list[Memory], cta: int, items: list[int], warpgroup: int) -> Role:
         s, mine, height = self.s, memories[cta], self.s.height(self.rows)
         base = warpgroup * s.w_stages if s.panels == 2 else 0
         upper = 0 if s.panels == 2 else warpgroup * height
+        which = cta if s.panel_ctas == 2 else warpgroup * (s.panels - 1)
+        x_users, w_users = (memories if n == 2 else [mine] for n in (s.panel_ctas, s.token_ctas))
         x_slots, w_slots = ring(s.x_stages), ring(s.w_stages)
         for item in items:
-            panel, _, _, runs, n_runs = self.header(item)[2 + (6 if base else 0) :][:5]
+            panel, _, _, runs, n_runs = self.header(item)[2 + 6 * which :][:5]
             group = Warpgroup(mine.smem, 128 * warpgroup, height // 64, s.tokens, cta)
             for word in self.table[runs : runs + n_runs]:
                 for _ in range(word & 0x3FF):
                     slot, phase = next(x_slots)
                     yield mine.ready_x[slot], phase
-                    mine.empty_x[slot].arrive()
+                    for memory in x_users:
+                        memory.empty_x[slot].arrive()
                 for halves in [1] * (word >> 10 & 0x3FF) + [2] * (word >> 20):
                     w_slot, phase = next(w_slots)
                     w_slot += base
@@ -185,11 +193,13 @@ class Model:
                         else:
                             group.run(self.sparse[half], weights, at, positions)
                         yield None
-                        mine.empty_x[slot].arrive()
-                    for memory in memories:
+                        for memory in x_users:
+                            memory.empty_x[slot].arrive()
+                    for memory in w_users:
                         memory.empty_w[w_slot].arrive()
             if panel >= 0:
-                token, feature = ((item >> 16) * s.cluster + cta) * s.tokens, panel * self.rows + upper
+                tile = (item >> 16) * s.token_ctas + (cta if s.token_ctas == 2 else 0)
+                token, feature = tile * s.tokens, panel * self.rows + upper
                 target = self.y[token : token + s.tokens, feature : feature + height]
                 assert target.isnan().all(), "written twice"
                 target.copy_(group.result().T)
@@ -205,26 +215,29 @@ def check(mask: HardMask, s: Prefill, dtype: torch.dtype, tokens: int, workers: 
 
 
 @pytest.mark.parametrize("dtype", PTX_DTYPES)
-@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize("cluster", CLUSTERS)
 @pytest.mark.parametrize(("panels", "tokens", "tile"), [(1, 256, 128), (1, 128, 128), (2, 128, 128), (2, 256, 64), (2, 128, 64)])
-def test_the_product(panels: int, tokens: int, tile: int, cluster: int, dtype: torch.dtype) -> None:
+def test_the_product(panels: int, tokens: int, tile: int, cluster: Cluster, dtype: torch.dtype) -> None:
     """Ragged panels, a ragged last tile of columns, an odd number of panels, more items than workers."""
     mask = random_hard_mask((tile * 2 + 24, 448 + 64), (tile, 128))
-    check(mask, Prefill(tokens, panels, 3, 2, cluster), dtype, tokens * cluster + 40, workers=2)
+    s = Prefill(tokens, panels, 3, 2, cluster)
+    if s.group <= 2:
+        check(mask, s, dtype, tokens * s.token_ctas + 40, workers=2)
 
 
-@pytest.mark.parametrize("panels", [1, 2])
-def test_zero_tiles_and_panels_without_any_other(panels: int) -> None:
+@pytest.mark.parametrize(("panels", "cluster"), [(1, ""), (2, ""), (2, "tokens"), (1, "panels")])
+def test_zero_tiles_and_panels_without_any_other(panels: int, cluster: Cluster) -> None:
     kinds = torch.tensor([[0, 1, 2, 0, 1], [0, 0, 0, 0, 0], [2, 0, 2, 1, 0], [1, 1, 0, 0, 2], [0, 0, 0, 0, 0]], dtype=torch.uint8)
     assert {0, 1, 2} == {int(kind) for kind in TileKind}
     mask = HardMask.select(TileMap((560, 576), (128, 128), kinds), torch.rand(560, 576))
-    check(mask, Prefill(128, panels, 2, 2), torch.bfloat16, 130, workers=3)
+    check(mask, Prefill(128, panels, 2, 2, cluster), torch.bfloat16, 130, workers=3)
 
 
 def test_any_order_of_the_roles_gives_the_product() -> None:
     mask = random_hard_mask((256, 640), (128, 128))
     for seed in range(4):
-        check(mask, Prefill(128, 2, 3, 2, 2), torch.bfloat16, 128, workers=1, seed=seed)
+        for s in (Prefill(128, 2, 3, 2, "tokens"), Prefill(128, 1, 3, 2, "panels")):
+            check(mask, s, torch.bfloat16, 128, workers=1, seed=seed)
 
 
 def test_columns_in_narrow_tiles() -> None:

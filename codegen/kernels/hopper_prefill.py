@@ -6,7 +6,8 @@ and both read every block of X that is loaded. Warps of their own keep the rings
 panel its slabs, in the order of the group's program, in which dense and 2:4 slabs, and blocks that a panel skips, come in runs.
 Both kinds add to the same accumulators; nothing depends on who is faster.
 
-With CTAS = 2 the CTAs of a cluster have neighbouring token tiles of the same group, and share its slabs by TMA multicast.
+CTAs may come in clusters of two that share by TMA multicast: with TOKEN_CTAS = 2 they have neighbouring token tiles of the
+same panels, and share the slabs; with PANEL_CTAS = 2 each has a panel of a group of two, and they share the blocks of X.
 """
 
 # mypy: ignore-errors
@@ -28,9 +29,10 @@ from codegen.isa import wgmma
 # --- schedule: codegen/emit.py rewrites this block ---
 DTYPE = gl.constexpr(gl.bfloat16)
 ROWS = gl.constexpr(128)  # of a panel
-PANELS = gl.constexpr(1)  # of a group
+PANELS = gl.constexpr(1)  # that a CTA computes at once
 TOKENS = gl.constexpr(256)  # of a CTA's tile; X is padded with zeros by TMA
-CTAS = gl.constexpr(1)  # of a cluster
+TOKEN_CTAS = gl.constexpr(1)  # of a cluster, side by side in tokens
+PANEL_CTAS = gl.constexpr(1)  # of a cluster, with a panel each
 X_STAGES = gl.constexpr(4)  # blocks of X in flight
 W_STAGES = gl.constexpr(3)  # slabs of each panel in flight
 OUT_TOKENS = gl.constexpr(64)  # that leave through shared memory at once
@@ -42,11 +44,12 @@ SPARSE_1 = gl.constexpr(wgmma.sparse_half(1, 128, 1, 256, "bf16"))
 DENSE_OPERANDS = gl.constexpr(wgmma.constraints(1, 256, 2))
 SPARSE_OPERANDS = gl.constexpr(wgmma.constraints(1, 256, 3))
 WAIT = gl.constexpr(ptx_mbarrier.wait(1))
-RELEASE = gl.constexpr(ptx_mbarrier.release(1, False))
-RELEASE_W = gl.constexpr(ptx_mbarrier.release(1, True))
+RELEASE_X = gl.constexpr(ptx_mbarrier.release(1, False))
+RELEASE_W = gl.constexpr(ptx_mbarrier.release(1, False))
 # --- end of schedule ---
 
 HEIGHT = gl.constexpr(ROWS * PANELS // 2)  # rows that a warpgroup computes
+CTAS = gl.constexpr(TOKEN_CTAS * PANEL_CTAS)
 HEADER = gl.constexpr(16)  # of a group
 PANEL = gl.constexpr(6)  # of that, for each panel after the first two
 
@@ -56,6 +59,14 @@ def _next(slot, phase, stages: gl.constexpr):
     slot += 1
     phase = phase ^ (slot == stages).to(gl.int32)
     return gl.where(slot == stages, 0, slot), phase
+
+
+@gluon.jit
+def _rank():
+    """Of this CTA in its cluster."""
+    if CTAS == 1:
+        return 0
+    return gl.inline_asm("mov.u32 $0, %cluster_ctarank;", "=r", [], gl.int32)
 
 
 @gluon.jit
@@ -69,7 +80,7 @@ def _load_x(x_desc, program, items, n_items, x, ready, empty):
     first = gl.load(group)
     count = gl.load(group + 1)
     for i in range(n_items):
-        token = (word >> 16) * (TOKENS * CTAS)
+        token = (word >> 16) * (TOKENS * TOKEN_CTAS)
         entry = program + first
         blocks = count
         block = gl.load(entry)
@@ -83,7 +94,7 @@ def _load_x(x_desc, program, items, n_items, x, ready, empty):
             after = gl.load(entry)
             mbarrier.wait(empty.index(slot), phase ^ 1)
             mbarrier.expect(ready.index(slot), TOKENS * 128)
-            tma.async_load(x_desc, [token, block * 64], ready.index(slot), x.index(slot))
+            tma.async_load(x_desc, [token, block * 64], ready.index(slot), x.index(slot), multicast=PANEL_CTAS > 1)
             block = after
             slot, phase = _next(slot, phase, X_STAGES)
 
@@ -91,7 +102,7 @@ def _load_x(x_desc, program, items, n_items, x, ready, empty):
 @gluon.jit
 def _load_w(values_desc, metadata_desc, program, items, n_items, values, metadata, ready, empty, RING: gl.constexpr):
     base: gl.constexpr = RING * W_STAGES
-    mine: gl.constexpr = 2 + PANEL * RING
+    mine = 2 + PANEL * (RING if PANEL_CTAS == 1 else _rank())
     slot = 0
     phase = 0
     if RING >= PANELS:
@@ -116,9 +127,9 @@ def _load_w(values_desc, metadata_desc, program, items, n_items, values, metadat
             mbarrier.wait(empty.index(base + slot), phase ^ 1)
             mbarrier.expect(barrier, ROWS * 128 + ROWS * 16, pred=sparse)
             mbarrier.expect(barrier, ROWS * 128, pred=metadata_row < 0)
-            tma.async_load(values_desc, [slab * ROWS, 0], barrier, values.index(base + slot), multicast=CTAS > 1)
+            tma.async_load(values_desc, [slab * ROWS, 0], barrier, values.index(base + slot), multicast=TOKEN_CTAS > 1)
             tma.async_load(
-                metadata_desc, [metadata_row * 2, 0], barrier, metadata.index(base + slot), pred=sparse, multicast=CTAS > 1
+                metadata_desc, [metadata_row * 2, 0], barrier, metadata.index(base + slot), pred=sparse, multicast=TOKEN_CTAS > 1
             )
             slab = next_slab
             metadata_row = next_row
@@ -127,13 +138,14 @@ def _load_w(values_desc, metadata_desc, program, items, n_items, values, metadat
 
 @gluon.jit
 def _store(y_desc, acc, feature, token, out, WARPGROUP: gl.constexpr, TURN: gl.constexpr):
-    """acc [HEIGHT, CTAS * tokens] to Y, in slices of OUT_TOKENS tokens that take turns in `out`. token: this CTA's first."""
-    tokens: gl.constexpr = acc.shape[1] // CTAS
+    """acc [rows, tokens] of all CTAs to Y, in slices of OUT_TOKENS tokens that take turns in `out`. token, feature: the first."""
+    rows: gl.constexpr = acc.shape[0]
+    tokens: gl.constexpr = acc.shape[1] // TOKEN_CTAS
     if tokens > OUT_TOKENS:
         half: gl.constexpr = tokens // 2
-        low, high = acc.reshape([HEIGHT, CTAS, 2, half]).permute((0, 1, 3, 2)).split()
-        _store(y_desc, low.reshape([HEIGHT, CTAS * half]), feature, token, out, WARPGROUP, TURN)
-        _store(y_desc, high.reshape([HEIGHT, CTAS * half]), feature, token + half, out, WARPGROUP, TURN + half // OUT_TOKENS)
+        low, high = acc.reshape([rows, TOKEN_CTAS, 2, half]).permute((0, 1, 3, 2)).split()
+        _store(y_desc, low.reshape([rows, TOKEN_CTAS * half]), feature, token, out, WARPGROUP, TURN)
+        _store(y_desc, high.reshape([rows, TOKEN_CTAS * half]), feature, token + half, out, WARPGROUP, TURN + half // OUT_TOKENS)
     else:
         turn = out.index(TURN % 2 + 2 * WARPGROUP)
         tma.store_wait(1)
@@ -147,16 +159,17 @@ def _compute(
     y_desc, bias_ptr, program, items, n_items, out_features, values, metadata, x, out,
     ready_x, empty_x, ready_w, empty_w, WARPGROUP: gl.constexpr,
 ):  # fmt: skip
-    split: gl.constexpr = [[0, 1]] if CTAS > 1 else []
+    split: gl.constexpr = [] if CTAS == 1 else ([[0, 1]] if TOKEN_CTAS == 2 else [[1, 0]])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TOKENS, 16], cga_layout=split
     )
-    row = gl.arange(0, HEIGHT, gl.SliceLayout(1, acc_layout))
+    rank = _rank()
+    beside = rank * HEIGHT if PANEL_CTAS == 2 else 0  # rows of the other CTA before this one's, in tensors of both
+    row = gl.arange(0, HEIGHT * PANEL_CTAS, gl.SliceLayout(1, acc_layout)) - beside
     ring: gl.constexpr = WARPGROUP if PANELS == 2 else 0
     base: gl.constexpr = ring * W_STAGES
     upper: gl.constexpr = 0 if PANELS == 2 else WARPGROUP * HEIGHT  # rows of the panel above this warpgroup's
-    mine: gl.constexpr = 2 + PANEL * ring
-    rank = gl.inline_asm("mov.u32 $0, %cluster_ctarank;", "=r", [], gl.int32) if CTAS > 1 else 0
+    mine = 2 + PANEL * (ring if PANEL_CTAS == 1 else rank)
     if EARLY_START:
         gdc_wait()  # Y may still be in use by the kernel before
     x_slot = 0
@@ -170,7 +183,7 @@ def _compute(
     n_runs = gl.load(group + 4)
     run = gl.load(program + runs)
     for i in range(n_items):
-        token = (word >> 16) * (TOKENS * CTAS)
+        token = (word >> 16) * (TOKENS * TOKEN_CTAS)
         here = panel
         entry = program + runs
         count = n_runs
@@ -185,20 +198,21 @@ def _compute(
         runs = gl.load(group + 3)
         n_runs = gl.load(group + 4)
 
-        acc = gl.zeros([HEIGHT, TOKENS * CTAS], gl.float32, acc_layout)
+        acc = gl.zeros([HEIGHT * PANEL_CTAS, TOKENS * TOKEN_CTAS], gl.float32, acc_layout)
         for _ in range(count):
             entry += 1
             after = gl.load(entry)
             for _ in range(run & 0x3FF):  # blocks for the other panel
                 gl.inline_asm(WAIT, "r,r", [ready_x.index(x_slot), x_phase])
-                mbarrier.arrive(empty_x.index(x_slot), count=1)
+                gl.barrier()  # of the warpgroup: no warp may still wait when the slot is filled again
+                gl.inline_asm(RELEASE_X, "r", [empty_x.index(x_slot)])
                 x_slot, x_phase = _next(x_slot, x_phase, X_STAGES)
             for _ in range(run >> 10 & 0x3FF):
                 gl.inline_asm(WAIT, "r,r", [ready_w.index(base + w_slot), w_phase])
                 gl.inline_asm(WAIT, "r,r", [ready_x.index(x_slot), x_phase])
                 weights = values.index(base + w_slot).slice(upper, HEIGHT)
                 acc = gl.inline_asm(DENSE, DENSE_OPERANDS, [acc, weights, x.index(x_slot)], acc.type)
-                gl.inline_asm(RELEASE, "r", [empty_x.index(x_slot)])
+                gl.inline_asm(RELEASE_X, "r", [empty_x.index(x_slot)])
                 gl.inline_asm(RELEASE_W, "r", [empty_w.index(base + w_slot)])
                 x_slot, x_phase = _next(x_slot, x_phase, X_STAGES)
                 w_slot, w_phase = _next(w_slot, w_phase, W_STAGES)
@@ -212,9 +226,9 @@ def _compute(
                 x_slot, x_phase = _next(x_slot, x_phase, X_STAGES)
                 gl.inline_asm(WAIT, "r,r", [ready_x.index(x_slot), x_phase])
                 acc = gl.inline_asm(SPARSE_1, SPARSE_OPERANDS, [acc, weights, x.index(x_slot), positions], acc.type)
-                gl.inline_asm(RELEASE, "r", [empty_x.index(x_first)])
+                gl.inline_asm(RELEASE_X, "r", [empty_x.index(x_first)])
                 acc = warpgroup_mma_wait(0, deps=[acc])
-                gl.inline_asm(RELEASE, "r", [empty_x.index(x_slot)])
+                gl.inline_asm(RELEASE_X, "r", [empty_x.index(x_slot)])
                 gl.inline_asm(RELEASE_W, "r", [empty_w.index(base + w_slot)])
                 x_slot, x_phase = _next(x_slot, x_phase, X_STAGES)
                 w_slot, w_phase = _next(w_slot, w_phase, W_STAGES)
@@ -223,8 +237,9 @@ def _compute(
         if HAS_BIAS:
             acc += bias.to(gl.float32)[:, None]
         if here >= 0:
-            # a slice's tokens of the two CTAs lie TOKENS apart, not side by side as the copy has them
-            _store(y_desc, acc, feature, token + rank * (TOKENS - OUT_TOKENS), out, WARPGROUP, 0)
+            # the copy takes the two CTAs' parts for neighbours
+            apart = rank * (TOKENS - OUT_TOKENS) if TOKEN_CTAS == 2 else 0
+            _store(y_desc, acc, feature - beside, token + apart, out, WARPGROUP, 0)
     tma.store_wait(0)
 
 
@@ -242,18 +257,18 @@ def hopper_prefill(
     items += 1
     values = gl.allocate_shared_memory(DTYPE, [PANELS * W_STAGES, ROWS, 64], values_desc.layout)
     metadata = gl.allocate_shared_memory(gl.int32, [PANELS * W_STAGES, 2, ROWS * 2], metadata_desc.layout)
-    x = gl.allocate_shared_memory(DTYPE, [X_STAGES, TOKENS * CTAS, 64], x_desc.layout)
-    out = gl.allocate_shared_memory(DTYPE, [4, OUT_TOKENS * CTAS, HEIGHT], y_desc.layout)
+    x = gl.allocate_shared_memory(DTYPE, [X_STAGES, TOKENS * TOKEN_CTAS, 64], x_desc.layout)
+    out = gl.allocate_shared_memory(DTYPE, [4, OUT_TOKENS * TOKEN_CTAS, HEIGHT * PANEL_CTAS], y_desc.layout)
     ready_x = mbarrier.allocate_mbarrier(batch=X_STAGES)
     empty_x = mbarrier.allocate_mbarrier(batch=X_STAGES)
     ready_w = mbarrier.allocate_mbarrier(batch=PANELS * W_STAGES)
     empty_w = mbarrier.allocate_mbarrier(batch=PANELS * W_STAGES)
     for i in gl.static_range(X_STAGES):
         mbarrier.init(ready_x.index(i), count=1)
-        mbarrier.init(empty_x.index(i), count=2)
+        mbarrier.init(empty_x.index(i), count=2 * PANEL_CTAS)
     for i in gl.static_range(PANELS * W_STAGES):
         mbarrier.init(ready_w.index(i), count=1)
-        mbarrier.init(empty_w.index(i), count=CTAS * 2 // PANELS)
+        mbarrier.init(empty_w.index(i), count=2 * TOKEN_CTAS // PANELS)
     if EARLY_START:
         gdc_launch_dependents()
     gl.warp_specialize(
