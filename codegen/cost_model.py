@@ -18,10 +18,11 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from codegen import prefill_cost
 from codegen.formats.slab_map import SlabMap
 from codegen.gpu import GpuSpec
 from codegen.plan import HEADER, SEGMENT, StageCost, work_plan
-from codegen.schedule import TOKEN_TILES, Decode, Gemm, Problem, Schedule, legal_schedules
+from codegen.schedule import TOKEN_TILES, Decode, Gemm, Prefill, Problem, Schedule, legal_schedules
 
 if TYPE_CHECKING:
     import sympy
@@ -118,6 +119,8 @@ def _seconds(
 ) -> Any:
     if isinstance(schedule, Decode):
         return _decode(problem, schedule, gpu, tokens, constants, arithmetic)
+    if isinstance(schedule, Prefill):
+        return prefill_cost.seconds(problem, schedule, gpu, tokens, arithmetic.tiles)
     if isinstance(schedule, Gemm):
         seconds = _gemm(problem, gpu, tokens, constants, arithmetic)
         return seconds + _expand(problem, gpu, constants) if schedule.expand else seconds

@@ -1,10 +1,9 @@
 """What a prefill launch costs: the first formula, before any measurement of these kernels.
 
-The CTAs' lists are of known length, and an item's time is the larger of what its SM's tensor cores and its share of the way
-from L2 need:
+An item's time is the larger of what its SM's tensor cores and its share of the way from L2 need, slab by slab:
 
-    tensor cores  a dense slab's m64nNk16, or a sparse one's m64nNk32 slowed down where shared memory cannot deliver its operands:
-                  of each, 64 rows of A and all N rows of B are read again, at 128 bytes a cycle
+    tensor cores  a dense slab's m64nNk16, or a sparse one's m64nNk32 slowed down where shared memory cannot deliver its
+                  operands: each reads 64 rows of A and all N rows of B again, at 128 bytes a cycle
     L2            slabs, metadata and blocks of X; what two panels or two CTAs share counts once
 
 `ASSUMED` comes from earlier kernels on an H100: a plain one with X in every CTA (885 TFLOP/s dense-equivalent on 2:4 weights),
@@ -13,10 +12,12 @@ with X multicast (1071) and without loading X (1300), cuBLAS at 715.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from codegen.gpu import GpuSpec
-from codegen.prefill_plan import ItemCost, deal, program
+from codegen.prefill_plan import ItemCost
 from codegen.schedule import Prefill, Problem
 
 _SMEM_BYTES = 128  # a cycle
@@ -36,33 +37,31 @@ ASSUMED = PrefillConstants()
 
 
 def sparse_slowdown(schedule: Prefill) -> float:
-    """How much longer than its 64-column dense twin a sparse instruction takes: reading operands, per m64nNk32, against N / 2."""
+    """How much longer than the tensor cores' N / 2 cycles an m64nNk32 takes to read its operands; 1 if they are there."""
     n = schedule.tokens
     return max(1.0, (64 * 32 + n * 64) / _SMEM_BYTES / (n / 2))
 
 
 def item_cost(schedule: Prefill, rows: int, gpu: GpuSpec, c: PrefillConstants = ASSUMED) -> ItemCost:
-    """Seconds, for the order of work: tensor time, and what L2 adds where it is slower, counted with the slab that causes it.
-
-    rows: of a panel.
-    """
-    tensor, (dense, sparse, block) = 2 * rows * 64 * schedule.tokens * gpu.sms / (c.tensor * gpu.dense_flops), _l2(schedule, rows)
+    """Seconds that one panel's slabs and the end of an item keep a CTA busy. rows: of a panel."""
+    tensor = 2 * rows * 64 * schedule.tokens * gpu.sms / (c.tensor * gpu.dense_flops)
     way = gpu.sms / (c.l2 * gpu.l2_bandwidth)
-    x = block * way
-    return ItemCost(
-        dense=max(tensor, dense * way + x), sparse=max(tensor * sparse_slowdown(schedule), sparse * way + 2 * x), block=0.0, end=c.end
-    )
+    dense, sparse, block = (nbytes * way for nbytes in _l2(schedule, rows))
+    return ItemCost(max(tensor, dense + block), max(tensor * sparse_slowdown(schedule), sparse + 2 * block), c.end)
 
 
-def predict_prefill(problem: Problem, schedule: Prefill, gpu: GpuSpec, tokens: int, c: PrefillConstants = ASSUMED) -> float:
-    """Seconds: the longest list of items. ValueError for a weight without slabs."""
+def seconds(problem: Problem, schedule: Prefill, gpu: GpuSpec, tokens: Any, tiles: Callable[[Any, int], Any]) -> Any:
+    """As many rounds of average items as the CTAs need. tiles: ceiling(T / n), of numbers or of expressions.
+
+    ValueError for a weight without slabs.
+    """
     if problem.slabs is None:
         raise ValueError(f"a weight {problem.shape[0]}x{problem.shape[1]} without slabs has no prefill schedule")
-    work = program(problem.slabs, schedule.group, item_cost(schedule, problem.slabs.rows, gpu, c))
-    tiles = -(-tokens // (schedule.tokens * schedule.token_ctas))
-    workers = gpu.sms // schedule.ctas
-    _, load = deal(work.costs, tiles, workers, tokens=schedule.tokens * schedule.token_ctas, in_features=problem.shape[1])
-    return c.start + float(load.max())
+    slabs, item = problem.slabs, item_cost(schedule, problem.slabs.rows, gpu)
+    groups = max(1, -(-slabs.panels // schedule.group))
+    work = (slabs.slabs - slabs.sparse_slabs) * item.dense + slabs.sparse_slabs * item.sparse
+    rounds = tiles(tiles(tokens, schedule.tokens * schedule.token_ctas) * groups, gpu.sms // schedule.ctas)
+    return ASSUMED.start + rounds * (work / groups / schedule.panel_ctas + item.end)
 
 
 def _l2(schedule: Prefill, rows: int) -> tuple[float, float, float]:

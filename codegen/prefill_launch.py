@@ -28,7 +28,8 @@ class PrefillLaunch:
         assert problem.slabs is not None
         self.schedule, self.problem, self.gpu, self._to_device = schedule, problem, gpu, to_device
         self.rows = problem.slabs.rows
-        self._work = program(problem.slabs, schedule.group, item_cost(schedule, self.rows, gpu))
+        cost = item_cost(schedule, self.rows, gpu)
+        self._work = program(problem.slabs, schedule.group, cost, apart=schedule.panel_ctas == 2)
         self._program = to_device(self._work.table)
         self._items: dict[int, Tensor] = {}
         self._jit = emit.kernel(emit.Specialisation(schedule, self.rows, problem.dtype, problem.bias), made_for)
@@ -57,9 +58,7 @@ class PrefillLaunch:
         tiles = -(-tokens // width)
         found = self._items.get(tiles)
         if found is None:
-            table, _ = deal(
-                self._work.costs, tiles, self.gpu.sms // s.ctas, tokens=width, in_features=self.problem.shape[1]
-            )
+            table, _ = deal(self._work.costs, tiles, self.gpu.sms // s.ctas, tokens=width, in_features=self.problem.shape[1])
             found = self._items[tiles] = self._to_device(table)
         return found
 

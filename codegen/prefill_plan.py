@@ -3,14 +3,15 @@
 What a CTA computes at once is an item: a *group* of one panel or two, and a tile of tokens. Groups and what is to do for them,
 their *program*, follow from the tile map; which CTA takes which items, and in which order, from the number of token tiles too.
 
-Panels of a group read the same blocks of X, in the same order, each block loaded once for both. Heavy panels go with light ones
-and with those that skip the same blocks. Where their kinds differ, a dense slab of one beside a 2:4 slab of the other, the order
-alternates who has more to do, so that neither runs ahead by more than the ring of blocks allows; what of each kind there is comes
-evenly spread, since 2:4 slabs ask more of the memory and dense ones more of the tensor cores.
+Panels of a group read the same blocks of X, in the same order, each block loaded once for both. Either they share a CTA's
+tensor cores: then heavy panels go with light ones, so that groups are alike. Or they are in CTAs of their own that must not
+wait for each other: then like goes with like. Where their kinds differ, a dense slab of one beside a 2:4 slab of the other, the
+order alternates who has more to do, so that neither runs ahead by more than the ring of blocks allows. What of each kind there
+is comes evenly spread: 2:4 slabs ask more of the memory, dense ones more of the tensor cores.
 
 A program is int32, offsets count from its start:
 
-    group   offset and number of blocks of X, then twice: panel (-1: none), offset and number of slabs, offset and number of runs, 0
+    group   offset and number of blocks of X, then twice: panel (-1: none), offset and number of slabs, of runs, 0
     blocks  of X
     slabs   slab, metadata row (-1: dense)
     runs    blocks to skip | dense slabs << 10 | sparse slabs << 20, to be done in this order
@@ -32,17 +33,17 @@ HEADER = 16
 SKIP, DENSE, SPARSE = range(3)
 _LONGEST = 1023  # run of one kind
 _X_BYTES = 16_000_000  # of X that items in flight read again and again: a third of an H100's L2 cache
+_SHARED = 0.1  # of a sparse slab's cost, that a shared block of X is worth
 _PASSES = 8  # of looking for pairs that gain by exchanging members
 _EXCHANGES = 400  # of items between lists
 
 
 @dataclass(frozen=True)
 class ItemCost:
-    """What a dense slab, a sparse slab, a block of X and the end of an item cost, in any one unit."""
+    """What a dense slab, a sparse slab and the end of an item cost, in any one unit."""
 
     dense: float
     sparse: float
-    block: float
     end: float
 
 
@@ -58,9 +59,9 @@ class Program:
         return len(self.costs)
 
 
-def program(slabs: SlabMap, panels: int, cost: ItemCost) -> Program:
-    """Groups of one panel or two. Two need a map that is `in_pairs`."""
-    members = pairs(slabs, cost) if panels == 2 else [(p, -1) for p in range(slabs.panels)]
+def program(slabs: SlabMap, panels: int, cost: ItemCost, apart: bool = False) -> Program:
+    """Groups of one panel or two. Two need a map that is `in_pairs`. apart: two panels are in CTAs of their own."""
+    members = pairs(slabs, cost, apart) if panels == 2 else [(p, -1) for p in range(slabs.panels)]
     metadata_row = np.where(slabs.sparse.numpy(), np.cumsum(slabs.sparse.numpy()) - 1, -1)
     header = np.zeros((len(members), HEADER), dtype=np.int64)
     parts: list[np.ndarray] = [header.reshape(-1)]
@@ -75,21 +76,23 @@ def program(slabs: SlabMap, panels: int, cost: ItemCost) -> Program:
     for g, group in enumerate(members):
         blocks, jobs = _alone(slabs, group[0]) if panels == 1 else _together(slabs, group)
         header[g, :2] = place(blocks), len(blocks)
-        costs[g] = cost.block * len(blocks) + cost.end
+        work = []
         for i, panel in enumerate(group[:panels]):
             kinds, taken = jobs[i]
             runs = _runs(kinds)
             taken_slabs = place(np.stack([taken, metadata_row[taken]], 1).reshape(-1))
             header[g, 2 + 6 * i : 7 + 6 * i] = panel, taken_slabs, len(taken), place(runs), len(runs)
-            costs[g] += cost.dense * np.count_nonzero(kinds == DENSE) + cost.sparse * np.count_nonzero(kinds == SPARSE)
+            work.append(cost.dense * np.count_nonzero(kinds == DENSE) + cost.sparse * np.count_nonzero(kinds == SPARSE))
+        costs[g] = (max(work) if apart else sum(work)) + cost.end
     parts.append(np.zeros(HEADER, dtype=np.int64))  # kernels read one entry ahead
     return Program(torch.from_numpy(np.concatenate(parts).astype(np.int32)), costs)
 
 
-def pairs(slabs: SlabMap, cost: ItemCost) -> list[tuple[int, int]]:
+def pairs(slabs: SlabMap, cost: ItemCost, apart: bool) -> list[tuple[int, int]]:
     """Every panel once, -1 beside one that is left over: a matching of large total gain.
 
-    Two panels gain the blocks of X that they share; pairs of unequal cost lose by the square of what is more than the mean.
+    Two panels gain a little for each block of X that they share. What they lose goes by the square: apart, of the difference of
+    their work, else of their sum's from twice the mean.
     """
     dense = slabs.dense_slabs.numpy()
     sparse = slabs.sparse_before.diff().numpy()
@@ -99,8 +102,8 @@ def pairs(slabs: SlabMap, cost: ItemCost) -> list[tuple[int, int]]:
     reads[slabs.panel.numpy()[:, None], slabs.half_blocks.numpy()] = 1
     if slabs.panels % 2:
         work, reads = np.append(work, 0.0), np.concatenate([reads, reads[:1] * 0])
-    over = work[:, None] + work - 2 * work.mean()
-    gain = cost.block * (reads @ reads.T) - over**2 / max(work.mean(), 1e-9)
+    uneven = work[:, None] - work if apart else work[:, None] + work - 2 * work.mean()
+    gain = _SHARED * cost.sparse * (reads @ reads.T) - uneven**2 / max(work.mean(), 1e-9)
     found = _exchange(gain, np.argsort(-work, kind="stable"))
     return sorted((min(a, b), max(a, b) if max(a, b) < slabs.panels else -1) for a, b in found)
 
@@ -228,5 +231,3 @@ def _even_out(lists: list[list[int]], costs: np.ndarray) -> None:
         lists[a][i], lists[b][j] = lists[b][j], lists[a][i]
         load[a] -= difference[i, j]
         load[b] += difference[i, j]
-
-

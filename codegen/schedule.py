@@ -115,7 +115,8 @@ class Prefill:
 
     tokens: width of the token tile. panels: that a CTA computes at once, each block of X is loaded once for all of them.
     x_stages, w_stages: blocks of X and slabs of each panel in flight. cluster: what two CTAs side by side differ in, "tokens"
-    (they share the slabs by TMA multicast) or "panels" (they share the blocks of X). early_start: programmatic dependent launch.
+    (they share the slabs by TMA multicast) or "panels" (they share the blocks of X). early_start: programmatic dependent
+    launch.
     """
 
     tokens: int
@@ -171,15 +172,16 @@ class Prefill:
         if problem.dtype not in ("bfloat16", "float16"):
             return f"tensor cores take bfloat16 and float16 here, the weight is {problem.dtype}"
         if problem.shape[0] % 8 or problem.shape[1] % 8:
-            return f"rows of X and Y must start at multiples of 16 bytes, {problem.shape[0]}x{problem.shape[1]} is not of eights"
+            return f"rows of X and Y must be multiples of 16 bytes, {problem.shape[0]}x{problem.shape[1]} has no whole eights"
         if not gpu.runs_hopper:
             return f"needs sm_90 and Triton 3.9, here is sm_{gpu.capability} and Triton {gpu.triton}"
         if self.tokens not in PREFILL_TILES or self.panels not in (1, 2) or self.cluster not in CLUSTERS or self.group > 2:
             return f"token tiles are {PREFILL_TILES}, clusters {CLUSTERS}, a group has one panel or two"
         if not (2 <= self.x_stages <= MOST_STAGES and 2 <= self.w_stages <= MOST_STAGES):
             return f"a ring has 2 to {MOST_STAGES} stages"
-        if self.height(problem.slabs.rows) not in (64, 128) or self.height(problem.slabs.rows) * self.tokens > 64 * 256:
-            return f"a warpgroup has 64 or 128 rows and accumulators for 64x256, not {self.height(problem.slabs.rows)}x{self.tokens}"
+        height = self.height(problem.slabs.rows)
+        if height not in (64, 128) or height * self.tokens > 64 * 256:
+            return f"a warpgroup has 64 or 128 rows and accumulators for 64x256, not {height}x{self.tokens}"
         if self.group == 2 and not problem.slabs.in_pairs:
             return "panels that share X need 2:4 tiles that start at multiples of 128 columns"
         if self.shared_bytes(problem.slabs.rows) > gpu.shared_bytes:

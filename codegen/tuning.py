@@ -29,7 +29,7 @@ from codegen.cache import cache_directory
 from codegen.cost_model import Interval
 from codegen.formats.slab_map import SlabMap
 from codegen.gpu import GpuSpec
-from codegen.schedule import Decode, Gemm, Problem, Reference, Schedule
+from codegen.schedule import CLUSTERS, Decode, Gemm, Prefill, Problem, Reference, Schedule
 from patch_compiler.atomic import atomic_file
 
 FORMAT = 1
@@ -238,9 +238,12 @@ def _entry(record: dict[str, Any]) -> Entry:
     return Entry(key, read_schedule(record["schedule"]), *(float(record[n]) for n in ("us", "default_us", "noise_us")))
 
 
-_KINDS: dict[str, type[Decode] | type[Gemm] | type[Reference]] = {"decode": Decode, "gemm": Gemm, "reference": Reference}
+_KINDS: dict[str, type[Decode] | type[Prefill] | type[Gemm] | type[Reference]] = {
+    "decode": Decode, "prefill": Prefill, "gemm": Gemm, "reference": Reference,
+}  # fmt: skip
 _TYPES: dict[str, type] = {
     "family": str, "tokens": int, "stages": int, "ctas_per_sm": int, "early_start": bool, "halves": bool, "expand": bool,
+    "panels": int, "x_stages": int, "w_stages": int, "cluster": str,
 }  # fmt: skip
 
 
@@ -257,6 +260,8 @@ def read_schedule(record: dict[str, Any]) -> Schedule:
             raise ValueError(f"schedule field {name!r:.20} = {value!r:.20}")
     if fields.get("family", "hopper") not in ("hopper", "stream"):
         raise ValueError(f"schedule family {fields['family']!r:.20}")
+    if fields.get("cluster", "") not in CLUSTERS:
+        raise ValueError(f"schedule cluster {fields['cluster']!r:.20}")
     return _KINDS[record["kind"]](**fields)
 
 

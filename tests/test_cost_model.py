@@ -19,7 +19,7 @@ from codegen.fit import errors, fit, main, read_measurements, scattered
 from codegen.formats.slab_map import slab_map
 from codegen.gpu import KEYS, gpu_spec
 from codegen.plan import work_plan
-from codegen.schedule import Decode, Gemm, Problem, Reference, legal_schedules
+from codegen.schedule import Decode, Gemm, Prefill, Problem, Reference, legal_schedules
 from patch_compiler.tile_map import TileKind, TileMap
 
 from .strategies import tile_maps
@@ -90,6 +90,20 @@ def test_more_bytes_cost_more(tokens):
     by_height = [predict(problem_of((m, 4096)), schedule, H100, tokens) for m in (4096, 8192, 11008, 22016)]
     assert by_sparsity == sorted(by_sparsity)
     assert by_height == sorted(by_height)
+
+
+def test_prefill_costs_follow_the_work():
+    """Not chosen by dispatch, but predicted: less for more 2:4 tiles, in whole rounds of items."""
+    for schedule in (Prefill(256, 1, 4, 3), Prefill(128, 2, 5, 3, "tokens"), Prefill(256, 1, 4, 3, "panels")):
+        by_sparsity = [predict(problem_of(sparse=f), schedule, H100, 4096) for f in (1, 0.9, 0.5, 0)]
+        assert by_sparsity == sorted(by_sparsity)
+        assert by_sparsity[0] < 0.9 * by_sparsity[-1]
+        problem = problem_of((22016, 4096), sparse=0.9)
+        seconds = [predict(problem, schedule, H100, t) for t in (4096, 8192)]
+        assert 1.7 < seconds[1] / seconds[0] < 2.1
+        assert float(cost(problem, schedule, H100).subs(symbol(), 4096)) == pytest.approx(seconds[0], rel=1e-9)
+        flops = 2 * 22016 * 4096 * 8192
+        assert 500e12 < flops / seconds[1] < 1.3e15
 
 
 def test_zero_tiles_cost_nothing():

@@ -14,11 +14,12 @@ import pytest
 
 from codegen import cache, emit
 from codegen.emit import Specialisation
-from codegen.schedule import TOKEN_TILES, Decode
+from codegen.schedule import CLUSTERS, TOKEN_TILES, Decode, Prefill
 
 HOPPER = Specialisation(Decode("hopper", 16, 6, early_start=True), 128, "bfloat16", True)
 STREAM = Specialisation(Decode("stream", 32, 5), 64, "float16", False)
 BOTH = pytest.mark.parametrize("what", [HOPPER, STREAM], ids=["hopper", "stream"])
+PREFILL = Specialisation(Prefill(128, 2, 5, 3, "tokens", early_start=True), 128, "float16", True)
 
 
 def files(directory: Path) -> list[Path]:
@@ -44,7 +45,27 @@ def test_the_modules_constants_are_the_schedules(what: Specialisation, tmp_path:
     assert callable(getattr(module, f"{schedule.family}_decode").run)
 
 
-@BOTH
+def test_the_prefill_modules_constants_are_the_schedules(tmp_path: Path) -> None:
+    module = emit._load(emit.emit(PREFILL, directory=tmp_path))
+    names = ("ROWS", "PANELS", "TOKENS", "TOKEN_CTAS", "PANEL_CTAS", "X_STAGES", "W_STAGES", "OUT_TOKENS", "EARLY_START")
+    assert [getattr(module, name).value for name in names] == [128, 2, 128, 2, 1, 5, 3, 32, True]
+    for text in (module.SPARSE_0.value, module.SPARSE_1.value):
+        assert text.count("wgmma.mma_async.sp.sync.aligned.m64n128k32.f32.f16.f16") == 4
+    assert module.DENSE.value.count("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16") == 8
+    assert module.DENSE_OPERANDS.value.count("=f") == 128
+    assert "shared::cluster" in module.RELEASE_W.value
+    assert "shared::cluster" not in module.RELEASE_X.value
+    made = [
+        Specialisation(Prefill(tokens, panels, 3, 3, cluster), rows, dtype, bias)
+        for (tokens, panels, rows) in ((256, 1, 128), (128, 2, 128), (128, 1, 128), (256, 2, 64), (128, 2, 64))
+        for cluster in CLUSTERS
+        for dtype in ("bfloat16", "float16")
+        for bias in (False, True)
+    ]
+    assert len({emit.emit(s, directory=tmp_path).name for s in made}) == len(made)
+
+
+@pytest.mark.parametrize("what", [HOPPER, STREAM, PREFILL], ids=["hopper", "stream", "prefill"])
 def test_nothing_else_of_the_family_is_changed(what: Specialisation) -> None:
     """Outside the block only the import of the instructions' text goes, which is in the block now."""
     file = emit._FAMILIES[what.schedule.family][0]

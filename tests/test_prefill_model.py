@@ -1,5 +1,7 @@
 """The prefill kernel's algorithm, played through on the CPU: its roles wait for each other in any order, on bytes of shared
-memory, with the kernel's own PTX, and what comes out is the product. An overwritten slot, a deadlock or a wrong descriptor fails.
+memory, with the kernel's own PTX, and what comes out is the product.
+
+An overwritten slot, a deadlock or a wrong descriptor fails.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from .ptx_model import Warpgroup
 from .strategies import random_hard_mask, random_weight
 
 PTX_DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
-COST = ItemCost(1.0, 1.3, 0.0, 0.5)
+COST = ItemCost(1.0, 1.3, 0.5)
 
 
 class Barrier:
@@ -87,7 +89,7 @@ class Model:
         self.tiles = -(-tokens // width)
         padded = torch.nn.functional.pad(x.view(torch.int16), (0, blocks * 64 - inputs, 0, self.tiles * width - tokens))
         self.x = padded.view(-1, s.tokens, blocks, 64).transpose(1, 2).contiguous()  # [tile of a CTA, block, tokens, 64]
-        self.work = program(slabs.map, s.group, COST)
+        self.work = program(slabs.map, s.group, COST, s.panel_ctas == 2)
         self.table = self.work.table.tolist()
         items, _ = deal(self.work.costs, self.tiles, workers, tokens=width, in_features=inputs)
         self.items = [row[1 : 1 + row[0]] for row in items.tolist()]
@@ -216,7 +218,9 @@ def check(mask: HardMask, s: Prefill, dtype: torch.dtype, tokens: int, workers: 
 
 @pytest.mark.parametrize("dtype", PTX_DTYPES)
 @pytest.mark.parametrize("cluster", CLUSTERS)
-@pytest.mark.parametrize(("panels", "tokens", "tile"), [(1, 256, 128), (1, 128, 128), (2, 128, 128), (2, 256, 64), (2, 128, 64)])
+@pytest.mark.parametrize(
+    ("panels", "tokens", "tile"), [(1, 256, 128), (1, 128, 128), (2, 128, 128), (2, 256, 64), (2, 128, 64)]
+)
 def test_the_product(panels: int, tokens: int, tile: int, cluster: Cluster, dtype: torch.dtype) -> None:
     """Ragged panels, a ragged last tile of columns, an odd number of panels, more items than workers."""
     mask = random_hard_mask((tile * 2 + 24, 448 + 64), (tile, 128))
@@ -227,7 +231,8 @@ def test_the_product(panels: int, tokens: int, tile: int, cluster: Cluster, dtyp
 
 @pytest.mark.parametrize(("panels", "cluster"), [(1, ""), (2, ""), (2, "tokens"), (1, "panels")])
 def test_zero_tiles_and_panels_without_any_other(panels: int, cluster: Cluster) -> None:
-    kinds = torch.tensor([[0, 1, 2, 0, 1], [0, 0, 0, 0, 0], [2, 0, 2, 1, 0], [1, 1, 0, 0, 2], [0, 0, 0, 0, 0]], dtype=torch.uint8)
+    rows = [[0, 1, 2, 0, 1], [0, 0, 0, 0, 0], [2, 0, 2, 1, 0], [1, 1, 0, 0, 2], [0, 0, 0, 0, 0]]
+    kinds = torch.tensor(rows, dtype=torch.uint8)
     assert {0, 1, 2} == {int(kind) for kind in TileKind}
     mask = HardMask.select(TileMap((560, 576), (128, 128), kinds), torch.rand(560, 576))
     check(mask, Prefill(128, panels, 2, 2, cluster), torch.bfloat16, 130, workers=3)

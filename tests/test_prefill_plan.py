@@ -18,7 +18,7 @@ from patch_compiler import TileKind, TileMap
 
 from .strategies import tile_maps
 
-COST = ItemCost(dense=1.0, sparse=1.3, block=0.1, end=0.5)
+COST = ItemCost(dense=1.0, sparse=1.3, end=0.5)
 TILES = ((128, 128), (64, 128), (64, 64), (128, 192), (64, 256))
 maps = st.builds(slab_map, tile_maps(largest=1500, tiles=TILES))
 
@@ -65,14 +65,14 @@ def check_job(slabs: SlabMap, blocks: list[int], job: Job) -> None:
 
 
 @settings(max_examples=150)
-@given(slabs=maps, panels=st.sampled_from((1, 2)))
-@example(slabs=slab_map(TileMap.full((64, 64), TileKind.ZERO, 64)), panels=1)
-@example(slabs=slab_map(TileMap.full((640, 576), TileKind.SPARSE24, 128)), panels=2)
-@example(slabs=slab_map(TileMap.full((128, 64 * 2500), TileKind.DENSE, 128)), panels=1)
-@example(slabs=slab_map(TileMap.full((300, 576), TileKind.ZERO, 128)), panels=2)
-def test_every_slab_once_with_its_own_blocks(slabs: SlabMap, panels: int) -> None:
+@given(slabs=maps, panels=st.sampled_from((1, 2)), apart=st.booleans())
+@example(slabs=slab_map(TileMap.full((64, 64), TileKind.ZERO, 64)), panels=1, apart=False)
+@example(slabs=slab_map(TileMap.full((640, 576), TileKind.SPARSE24, 128)), panels=2, apart=False)
+@example(slabs=slab_map(TileMap.full((128, 64 * 2500), TileKind.DENSE, 128)), panels=1, apart=False)
+@example(slabs=slab_map(TileMap.full((300, 576), TileKind.ZERO, 128)), panels=2, apart=True)
+def test_every_slab_once_with_its_own_blocks(slabs: SlabMap, panels: int, apart: bool) -> None:
     assume(panels == 1 or slabs.in_pairs)
-    work = program(slabs, panels, COST)
+    work = program(slabs, panels, COST, apart and panels == 2)
     assert work.table.dtype == torch.int32
     seen = []
     for g in range(work.groups):
@@ -93,24 +93,28 @@ def random_map(panels: int, columns: int, sparse: float, zero: float, seed: int 
     return slab_map(TileMap((panels * 128, columns * 128), (128, 128), kinds.to(torch.uint8)))
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("panels", [32, 96, 33, 97])
-def test_pairs_are_a_matching_and_even(panels: int) -> None:
+def test_pairs_are_a_matching_and_even(panels: int, apart: bool) -> None:
     slabs = random_map(panels, 32, 0.7, 0.0)
-    found = pairs(slabs, COST)
+    found = pairs(slabs, COST, apart)
     members = [p for pair in found for p in pair]
     assert sorted(m for m in members if m >= 0) == list(range(panels))
     assert members.count(-1) == panels % 2
     assert found == sorted(found)
-    work = program(slabs, 2, COST)
     if panels % 2 == 0:
-        alone = program(slabs, 1, COST).costs
-        assert work.costs.std() < 0.3 * 2**0.5 * alone.std(), "heavy ones with light ones"
+        work = slabs.dense_slabs * COST.dense + slabs.sparse_before.diff() * COST.sparse
+        a, b = work[torch.tensor(found)].unbind(1)
+        assert (a - b if apart else a + b).double().std() < 0.3 * 2**0.5 * work.double().std()
+        costs = program(slabs, 2, COST, apart).costs
+        assert costs == pytest.approx(((torch.maximum(a, b) if apart else a + b) + COST.end).numpy())
 
 
 def test_panels_that_skip_the_same_blocks_go_together() -> None:
     kinds = torch.full((8, 16), int(TileKind.DENSE), dtype=torch.uint8)
     kinds[0::2, :8] = kinds[1::2, 8:] = int(TileKind.ZERO)
-    assert all((a - b) % 2 == 0 for a, b in pairs(slab_map(TileMap((1024, 2048), (128, 128), kinds)), COST))
+    for apart in (False, True):
+        assert all((a - b) % 2 == 0 for a, b in pairs(slab_map(TileMap((1024, 2048), (128, 128), kinds)), COST, apart))
 
 
 def test_pairs_gain_nearly_as_much_as_the_best_matching() -> None:

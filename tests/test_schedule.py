@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 
 from codegen.formats.slab_map import slab_map
 from codegen.gpu import KEYS, GpuSpec, gpu_spec, this_gpu
-from codegen.schedule import MOST_STAGES, TOKEN_TILES, Decode, Gemm, Problem, Reference, legal_schedules
+from codegen.schedule import (
+    MOST_STAGES,
+    TOKEN_TILES,
+    Decode,
+    Gemm,
+    Prefill,
+    Problem,
+    Reference,
+    legal_schedules,
+    prefill_schedules,
+)
 from patch_compiler import TileKind, TileMap
 
 TRITONS = ("3.6.0", "3.9.0", "3.10.1+git0123")
@@ -22,7 +32,7 @@ def problem(rows: int = 128, dtype: str = "bfloat16", shape: tuple[int, int] = (
     return Problem(shape, dtype, slab_map(TileMap.full(shape, TileKind.SPARSE24, (rows, 128))), **changes)
 
 
-def why(schedule: Decode, gpu: GpuSpec | None = None, **changes) -> str:
+def why(schedule: Decode | Prefill, gpu: GpuSpec | None = None, **changes) -> str:
     reason = schedule.why_illegal(problem(**changes), gpu or gpu_spec("h100", "3.9.0"))
     assert reason is not None
     return reason
@@ -92,12 +102,46 @@ def test_float32_slabs_do_not_exist_but_other_tile_maps_do() -> None:
         (Decode("hopper", 8, 4, 0), {}, ("h100", "3.9.0"), "token tiles are"),
         (Decode("stream", 64, 8), {}, ("l4", "3.9.0"), r"needs \d+ bytes of shared memory on an SM, NVIDIA L4 has 101376"),
         (Decode("hopper", 8, 8, 2), {}, ("h100", "3.9.0"), "bytes of shared memory on an SM"),
+        (Prefill(256, 1, 4, 3), {"dtype": "float32"}, ("h100", "3.9.0"), "bfloat16 and float16 here, the weight is float32"),
+        (Prefill(256, 1, 4, 3), {"shape": (1001, 128)}, ("h100", "3.9.0"), "1001x128 has no whole eights"),
+        (Prefill(256, 1, 4, 3), {"shape": (128, 516)}, ("h100", "3.9.0"), "128x516 has no whole eights"),
+        (Prefill(256, 1, 4, 3), {}, ("h100", "3.6.0"), "needs sm_90 and Triton 3.9, here is sm_90 and Triton 3.6.0"),
+        (Prefill(64, 1, 4, 3), {}, ("h100", "3.9.0"), "token tiles are"),
+        (Prefill(128, 2, 4, 3, "panels"), {}, ("h100", "3.9.0"), "a group has one panel or two"),
+        (Prefill(256, 1, 1, 3), {}, ("h100", "3.9.0"), "a ring has 2 to"),
+        (Prefill(256, 2, 2, 2), {}, ("h100", "3.9.0"), "accumulators for 64x256, not 128x256"),
+        (Prefill(256, 1, 4, 3), {"rows": 64}, ("h100", "3.9.0"), "accumulators for 64x256, not 32x256"),
+        (Prefill(256, 1, 5, 3), {}, ("h100", "3.9.0"), r"needs \d+ bytes of shared memory on an SM, NVIDIA H100 SXM has 232448"),
         (Decode("hopper", 32, 3, 2), {"rows": 64}, ("h100", "3.9.0"), "2 programs on an SM leave too few registers for 32"),
         (Decode("stream", 64, 2, 2), {"rows": 64}, ("a100", "3.9.0"), "2 programs on an SM leave too few registers for 64"),
     ],
 )
 def test_what_is_illegal_says_why(schedule: Decode, changes: dict, gpu: tuple[str, str], reason: str) -> None:
     assert re.search(reason, why(schedule, gpu_spec(*gpu), **changes))
+
+
+def test_prefill_schedules_are_legal_fill_the_memory_and_are_not_chosen_yet() -> None:
+    gpu = gpu_spec("h100", "3.9.0")
+    for rows in (64, 128):
+        found = list(prefill_schedules(problem(rows), gpu))
+        assert all(s.why_illegal(problem(rows), gpu) is None for s in found)
+        assert len({str(s) for s in found}) == len(found) >= 6
+        assert {s.cluster for s in found} == {"", "tokens", "panels"} if rows == 128 else {"", "tokens"}
+        assert max(s.shared_bytes(rows) for s in found) > 0.95 * gpu.shared_bytes
+        assert not any(isinstance(s, Prefill) for s in legal_schedules(problem(rows), gpu, 4096))
+    assert not list(prefill_schedules(problem(), gpu_spec("a100", "3.9.0")))
+
+
+def test_panels_share_blocks_only_where_the_tiles_let_them() -> None:
+    gpu = gpu_spec("h100", "3.9.0")
+    narrow = torch.tensor([[2, 1, 2, 1]], dtype=torch.uint8).repeat(2, 1)
+    p = Problem((256, 256), "bfloat16", slab_map(TileMap((256, 256), (128, 64), narrow)))
+    assert Prefill(256, 1, 4, 3).why_illegal(p, gpu) is None
+    for s in (Prefill(128, 2, 4, 3), Prefill(256, 1, 4, 3, "panels")):
+        assert "2:4 tiles that start at multiples of 128 columns" in (s.why_illegal(p, gpu) or "")
+    whole = torch.full((1, 4), int(TileKind.SPARSE24), dtype=torch.uint8)
+    p = Problem((128, 256), "bfloat16", slab_map(TileMap((128, 256), (128, 64), whole)))
+    assert Prefill(128, 2, 4, 3).why_illegal(p, gpu) is None
 
 
 def test_stream_needs_ampere() -> None:

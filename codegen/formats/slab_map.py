@@ -75,7 +75,7 @@ class SlabMap:
 
     @cached_property
     def in_pairs(self) -> bool:
-        """Whether every sparse slab's blocks are 2 j and 2 j + 1: so it is where 2:4 tiles start at multiples of 128 columns."""
+        """Whether every sparse slab's blocks are 2 j and 2 j + 1, as where 2:4 tiles start at multiples of 128 columns."""
         first, second = self.half_blocks[self.sparse].unbind(1)
         return bool(((first % 2 == 0) & (second == first + 1)).all())
 

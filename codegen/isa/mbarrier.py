@@ -24,7 +24,8 @@ def release(ctas: int, everywhere: bool) -> str:
     ctas: of the cluster, 1 or 2. everywhere: thread i arrives at CTA i's barrier of that name, else thread 0 at its own CTA's.
     """
     threads = ctas if everywhere else 1
-    lines = ["{", ".reg .pred mine;", ".reg .b32 thread, cta, address;", "mov.u32 thread, %tid.x;", "and.b32 thread, thread, 127;"]
+    lines = ["{", ".reg .pred mine;", ".reg .b32 thread, cta, address;"]
+    lines += ["mov.u32 thread, %tid.x;", "and.b32 thread, thread, 127;"]
     lines += [f"setp.lt.u32 mine, thread, {threads};", *_address(ctas, "mov.b32 cta, thread;" if everywhere else _OWN)]
     kind = "release.cluster.shared::cluster" if ctas > 1 and everywhere else "shared::cta"
     return "\n".join([*lines, f"@mine mbarrier.arrive.{kind}.b64 _, [address];", "}"])

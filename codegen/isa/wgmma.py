@@ -4,9 +4,9 @@ Computes D[64 s, N] += W · Xᵀ for one warpgroup: s = 1 or 2 strips of 64 rows
 multiplies a whole dense slab, the sparse ones the first or the second half of a sparse slab (32 kept values a row). Operands
 lie as in codegen/isa/wgmma_sp.py: row-major in shared memory, rows of 128 bytes, 128-byte swizzle.
 
-The two halves belong together: the first waits for nothing, the second for the first, `warpgroup_mma_wait` for both. More may
-not be left unfinished, not even a slab while the next one starts: ptxas keeps the registers of the metadata until a wait for all
-groups, so in a loop without one it puts a wait behind every instruction (its message C7512).
+The two halves belong together: the first waits for nothing, the second for the first, `warpgroup_mma_wait` for both. More
+may not be left unfinished, not even a slab while the next one starts: ptxas keeps the registers of the metadata until a wait
+for all groups, so in a loop without one it puts a wait behind every instruction (its message C7512).
 
 PTX ISA, "wgmma.mma_async", "wgmma.mma_async.sp".
 """

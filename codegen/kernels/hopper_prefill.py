@@ -127,10 +127,10 @@ def _load_w(values_desc, metadata_desc, program, items, n_items, values, metadat
             mbarrier.wait(empty.index(base + slot), phase ^ 1)
             mbarrier.expect(barrier, ROWS * 128 + ROWS * 16, pred=sparse)
             mbarrier.expect(barrier, ROWS * 128, pred=metadata_row < 0)
-            tma.async_load(values_desc, [slab * ROWS, 0], barrier, values.index(base + slot), multicast=TOKEN_CTAS > 1)
-            tma.async_load(
-                metadata_desc, [metadata_row * 2, 0], barrier, metadata.index(base + slot), pred=sparse, multicast=TOKEN_CTAS > 1
-            )
+            target = values.index(base + slot)
+            tma.async_load(values_desc, [slab * ROWS, 0], barrier, target, multicast=TOKEN_CTAS > 1)
+            target = metadata.index(base + slot)
+            tma.async_load(metadata_desc, [metadata_row * 2, 0], barrier, target, pred=sparse, multicast=TOKEN_CTAS > 1)
             slab = next_slab
             metadata_row = next_row
             slot, phase = _next(slot, phase, W_STAGES)
@@ -138,14 +138,16 @@ def _load_w(values_desc, metadata_desc, program, items, n_items, values, metadat
 
 @gluon.jit
 def _store(y_desc, acc, feature, token, out, WARPGROUP: gl.constexpr, TURN: gl.constexpr):
-    """acc [rows, tokens] of all CTAs to Y, in slices of OUT_TOKENS tokens that take turns in `out`. token, feature: the first."""
+    """acc [rows, tokens] of all CTAs to Y from feature and token on; slices of OUT_TOKENS tokens take turns in `out`."""
     rows: gl.constexpr = acc.shape[0]
     tokens: gl.constexpr = acc.shape[1] // TOKEN_CTAS
     if tokens > OUT_TOKENS:
         half: gl.constexpr = tokens // 2
         low, high = acc.reshape([rows, TOKEN_CTAS, 2, half]).permute((0, 1, 3, 2)).split()
-        _store(y_desc, low.reshape([rows, TOKEN_CTAS * half]), feature, token, out, WARPGROUP, TURN)
-        _store(y_desc, high.reshape([rows, TOKEN_CTAS * half]), feature, token + half, out, WARPGROUP, TURN + half // OUT_TOKENS)
+        low = low.reshape([rows, TOKEN_CTAS * half])
+        high = high.reshape([rows, TOKEN_CTAS * half])
+        _store(y_desc, low, feature, token, out, WARPGROUP, TURN)
+        _store(y_desc, high, feature, token + half, out, WARPGROUP, TURN + half // OUT_TOKENS)
     else:
         turn = out.index(TURN % 2 + 2 * WARPGROUP)
         tma.store_wait(1)

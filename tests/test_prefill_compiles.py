@@ -1,0 +1,83 @@
+"""The prefill kernel compiles for a GPU that is not there: its instructions, its registers, memory as promised, no hidden waits."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from .test_kernel_compiles import Compiled, compile_all, shared_as_promised
+
+# as codegen/prefill_launch.py launches it: the same arguments and options
+PREFILL = """
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+from codegen import emit
+from codegen.schedule import Prefill
+
+directory = pathlib.Path(sys.argv[1])
+DIVIDED = {"": ([], [], []), "tokens": ([[1, 0]], [[0, 0]], [[1, 0]]), "panels": ([[0, 0]], [[0, 0]], [[0, 1]])}
+for case in sys.argv[2:]:
+    dtype, rows, tokens, panels, x_stages, w_stages, cluster, early = case.split(":")
+    rows = int(rows)
+    s = Prefill(int(tokens), int(panels), int(x_stages), int(w_stages), cluster, early == "early")
+    what = emit.Specialisation(s, rows, {"bf16": "bfloat16", "fp16": "float16"}[dtype], True)
+    module = emit._load(emit.emit(what, directory=directory))
+
+    def describe(kind, block, swizzle, split):
+        layout = gl.NVMMASharedLayout(swizzle, 32 if kind == "i32" else 16, 2, cga_layout=split)
+        return f"tensordesc<{kind}[{block[0]},{block[1]}],{layout}>"
+
+    of_x, of_weights, of_y = DIVIDED[cluster]
+    signature = {
+        "x_desc": describe(dtype, (s.tokens * s.token_ctas, 64), 128, of_x),
+        "values_desc": describe(dtype, (rows, 64), 128, of_weights),
+        "metadata_desc": describe("i32", (2, 2 * rows), 0, of_weights),
+        "y_desc": describe(dtype, (s.out_tokens(rows) * s.token_ctas, s.height(rows) * s.panel_ctas), 128, of_y),
+        "bias_ptr": f"*{dtype}", "program_ptr": "*i32", "items_ptr": "*i32", "items_stride": "i32", "out_features": "i32",
+    }
+    options = {"num_warps": what.warps, "num_ctas": s.ctas} | ({"launch_pdl": True} if s.early_start else {})
+    attributes = {(i,): [["tt.divisibility", 16]] for i in (4, 5, 6)}
+    source = GluonASTSource(module.hopper_prefill, signature=signature, constexprs={}, attrs=attributes)
+    report(f"{case}:{s.shared_bytes(rows)}", source, 90, options)
+"""
+
+CASES = """\
+bf16:128:256:1:4:3::late
+fp16:128:128:2:5:3::early
+bf16:128:128:1:8:3::late
+bf16:64:256:2:4:3::late
+fp16:64:128:2:8:4::late
+bf16:128:256:1:4:3:tokens:early
+fp16:128:128:2:5:3:tokens:late
+bf16:128:256:1:4:3:panels:late
+fp16:128:128:1:8:3:panels:late""".split()
+
+
+def check(kernel: Compiled) -> None:
+    _, rows, _, panels, _, _, cluster, early, _ = kernel.name.split(":")
+    strips = int(rows) * int(panels) // 128
+    sparse = sum(i.startswith("HGMMA") and ".SP" in i for i in kernel.instructions)
+    assert kernel.count("HGMMA") - sparse == sparse == 2 * 4 * strips, kernel
+    # of each warpgroup one behind a dense slab and two behind a sparse one: ptxas has not put one behind every instruction
+    assert kernel.count("WARPGROUP.DEPBAR") == 2 * 3, kernel
+    multicast = sum(i.startswith("UTMALDG") and "MULTICAST" in i for i in kernel.instructions)
+    assert multicast == {"": 0, "tokens": 2 * int(panels), "panels": 1}[cluster], kernel
+    assert kernel.count("UTMALDG") == 1 + 2 * int(panels), kernel
+    assert kernel.count("STSM"), "outputs leave in eights"
+    assert kernel.count("UTMASTG"), kernel
+    assert bool(kernel.count("ACQBULK")) == (early == "early"), kernel
+    assert not kernel.spills, kernel
+    assert shared_as_promised(kernel), kernel
+
+
+@pytest.mark.skipif(
+    tuple(int(p) for p in re.findall(r"\d+", version("triton"))[:2]) < (3, 9), reason="wgmma.sp's operands need Triton 3.9"
+)
+@pytest.mark.parametrize("third", range(3))
+def test_the_prefill_kernels(third: int, tmp_path: Path) -> None:
+    chosen = CASES[third::3]
+    for kernel in compile_all(PREFILL, str(tmp_path), *chosen, expected=len(chosen)):
+        check(kernel)
