@@ -99,7 +99,7 @@ class Bench:
             x = normal(point.tokens, k)
             wanted = x.double() @ exact.t()
             for schedule in (point.packed, isolated(point.packed)):
-                self._check(case, layer, schedule, x, slabs.values, slabs.metadata, wanted)
+                self.check(case, layer, schedule, x, slabs.values, slabs.metadata, wanted)
 
     def load(self, case: Case) -> None:
         """Fill the packed copies with random weights under this map."""
@@ -122,7 +122,7 @@ class Bench:
         wrong = 0.0
         for name, schedule in (("early", point.packed), ("isolated", isolated(point.packed))):
             if name == "early" or schedule != point.packed:
-                wrong = max(wrong, self._check(case, self.layer, schedule, x, *self.packed[0], wanted))
+                wrong = max(wrong, self.check(case, self.layer, schedule, x, *self.packed[0], wanted))
                 calls[name] = [partial(self.layer.run, y, x, v, i, None, schedule=schedule) for v, i in self.packed]
         if point.with_dense != point.packed:
             calls["with_dense"] = self._with_dense(case, point.with_dense, x, y, wanted)
@@ -141,10 +141,10 @@ class Bench:
         if schedule == WHOLE:  # torch.mm on other copies, through the same door as everything else
             v, i = self.packed[0]
             return [partial(self.layer.run, y, x, v, i, None, [w], schedule) for w in self.dense]
-        self._check(case, self.layer, schedule, x, *self.packed[0], wanted)
+        self.check(case, self.layer, schedule, x, *self.packed[0], wanted)
         return [partial(self.layer.run, y, x, v, i, None, schedule=schedule) for v, i in self.packed]
 
-    def _check(
+    def check(
         self, case: Case, layer: Layer, schedule: Schedule, x: Tensor, values: Tensor, metadata: Tensor, wanted: Tensor
     ) -> float:
         y = torch.full((x.shape[0], self.shape[0]), float("nan"), device=DEVICE, dtype=DTYPE)

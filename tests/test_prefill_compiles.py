@@ -1,4 +1,4 @@
-"""The prefill kernel compiles for a GPU that is not there: its instructions, its registers, memory as promised, no hidden waits."""
+"""The prefill kernel compiles for a GPU that is not there: its instructions, no spills, no hidden waits, memory as promised."""
 
 from __future__ import annotations
 
@@ -44,16 +44,17 @@ for case in sys.argv[2:]:
     report(f"{case}:{s.shared_bytes(rows)}", source, 90, options)
 """
 
-CASES = """\
-bf16:128:256:1:4:3::late
-fp16:128:128:2:5:3::early
-bf16:128:128:1:8:3::late
-bf16:64:256:2:4:3::late
-fp16:64:128:2:8:4::late
-bf16:128:256:1:4:3:tokens:early
-fp16:128:128:2:5:3:tokens:late
-bf16:128:256:1:4:3:panels:late
-fp16:128:128:1:8:3:panels:late""".split()
+CASES = [
+    "bf16:128:256:1:4:3::late",
+    "fp16:128:128:2:5:3::early",
+    "bf16:128:128:1:8:3::late",
+    "bf16:64:256:2:4:3::late",
+    "fp16:64:128:2:8:4::late",
+    "bf16:128:256:1:4:3:tokens:early",
+    "fp16:128:128:2:5:3:tokens:late",
+    "bf16:128:256:1:4:3:panels:late",
+    "fp16:128:128:1:8:3:panels:late",
+]
 
 
 def check(kernel: Compiled) -> None:

@@ -111,7 +111,12 @@ def test_float32_slabs_do_not_exist_but_other_tile_maps_do() -> None:
         (Prefill(256, 1, 1, 3), {}, ("h100", "3.9.0"), "a ring has 2 to"),
         (Prefill(256, 2, 2, 2), {}, ("h100", "3.9.0"), "accumulators for 64x256, not 128x256"),
         (Prefill(256, 1, 4, 3), {"rows": 64}, ("h100", "3.9.0"), "accumulators for 64x256, not 32x256"),
-        (Prefill(256, 1, 5, 3), {}, ("h100", "3.9.0"), r"needs \d+ bytes of shared memory on an SM, NVIDIA H100 SXM has 232448"),
+        (
+            Prefill(256, 1, 5, 3),
+            {},
+            ("h100", "3.9.0"),
+            r"needs \d+ bytes of shared memory on an SM, NVIDIA H100 SXM has 232448",
+        ),
         (Decode("hopper", 32, 3, 2), {"rows": 64}, ("h100", "3.9.0"), "2 programs on an SM leave too few registers for 32"),
         (Decode("stream", 64, 2, 2), {"rows": 64}, ("a100", "3.9.0"), "2 programs on an SM leave too few registers for 64"),
     ],

@@ -1,0 +1,171 @@
+"""The prefill kernels on a real GPU: every geometry and cluster against float64, and what a launch promises."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from codegen.compile_ahead import compile_all
+from codegen.emit import Specialisation
+from codegen.formats.slab_map import slab_map
+from codegen.formats.slabs import to_slabs
+from codegen.gpu import this_gpu
+from codegen.runtime import Layer
+from codegen.schedule import Prefill, prefill_schedules
+from patch_compiler import HardMask, TileKind, TileMap, pack
+
+from ..strategies import random_hard_mask, random_weight, relative_error, same_bits, tile_maps
+from .test_decode import TOLERANCE, Case
+
+pytestmark = pytest.mark.gpu
+# by rows of a panel; the simplest first
+SCHEDULES = {
+    128: [
+        Prefill(256, 1, 4, 3),
+        Prefill(128, 1, 8, 3),
+        Prefill(128, 2, 5, 3),
+        Prefill(256, 1, 4, 3, "tokens"),
+        Prefill(128, 2, 5, 3, "tokens"),
+        Prefill(256, 1, 4, 3, "panels"),
+        Prefill(128, 1, 8, 3, "panels"),
+        Prefill(128, 2, 5, 3, early_start=True),
+    ],
+    64: [Prefill(256, 2, 4, 3), Prefill(128, 2, 8, 3), Prefill(256, 2, 4, 3, "tokens")],
+}
+ALL = [pytest.param(rows, s, id=f"{rows} {s}".replace(" ", "-")) for rows, many in SCHEDULES.items() for s in many]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _hopper() -> None:
+    if not this_gpu().runs_hopper:
+        pytest.skip("needs sm_90 and Triton 3.9")
+
+
+@pytest.mark.timeout(100)
+@pytest.mark.parametrize(("rows", "schedule"), ALL)
+def test_the_smallest(rows: int, schedule: Prefill) -> None:
+    """Run this first: what hangs or faults does so here."""
+    for shape, tokens in (((rows, 128), 128), ((2 * rows, 256), 300), ((4 * rows + 8, 1096), 1000)):
+        for bias in (False, True):
+            case = Case(random_hard_mask(shape, (rows, 128)), torch.bfloat16, "rows", bias)
+            x = case.x(tokens)
+            error = case.error(x, case(x, schedule))
+            assert error < TOLERANCE[torch.bfloat16], (shape, tokens, bias, error)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("rows", "schedule"), ALL)
+def test_against_float64(rows: int, schedule: Prefill, dtype: torch.dtype) -> None:
+    for number, shape in enumerate([(576, 576), (1536, 576), (1000, 1000), (64, 4096), (4096, 512), (2048, 2048)]):
+        case = Case(random_hard_mask(shape, (rows, 128)), dtype, "rows", bias=number % 2 == 0)
+        for tokens in (1, 127, 129, 256, 700, 2048):
+            x = case.x(tokens)
+            assert case.error(x, case(x, schedule)) < TOLERANCE[dtype], (shape, tokens)
+
+
+@pytest.mark.parametrize(("rows", "schedule"), ALL)
+@pytest.mark.parametrize("kinds", [(1,), (2,), (0,), (0, 2), (0, 1, 2)])
+def test_uniform_maps_and_empty_panels(rows: int, schedule: Prefill, kinds: tuple[int, ...]) -> None:
+    shape = 9 * rows - 40, 2000
+    grid = TileMap.grid_of(shape, (rows, 128))
+    chosen = torch.tensor(kinds, dtype=torch.uint8)[torch.randint(len(kinds), grid)]
+    chosen[3] = int(TileKind.ZERO)
+    case = Case(HardMask.select(TileMap(shape, (rows, 128), chosen), torch.rand(shape)), torch.bfloat16, "rows")
+    x = case.x(520)
+    y = case(x, schedule)
+    assert case.error(x, y) < 2e-3
+    assert torch.equal(y[:, 3 * rows : 4 * rows], case.bias[3 * rows : 4 * rows].expand(520, -1))
+
+
+@pytest.mark.parametrize("rows", SCHEDULES)
+def test_every_ring_gives_the_same_bits_each_time(rows: int) -> None:
+    """Geometries may differ in the order of additions, not one run of a schedule from the next."""
+    case = Case(random_hard_mask((4096, 4096), (rows, 128), dense=0.1), torch.bfloat16, "rows")
+    found = list(prefill_schedules(case.layer.problem(), this_gpu()))
+    compile_all([Specialisation(s, rows, "bfloat16", True) for s in found], this_gpu())
+    x = case.x(2000)
+    for s in found:
+        y = case(x, s)
+        assert case.error(x, y) < 2e-3, s
+        assert all(same_bits(case(x, s), y) for _ in range(5)), s
+
+
+def test_columns_in_narrow_tiles() -> None:
+    case = Case(random_hard_mask((1000, 1000), (128, 64)), torch.bfloat16, "rows")
+    x = case.x(300)
+    assert case.error(x, case(x, Prefill(256, 1, 4, 3))) < 2e-3
+    assert case.error(x, case(x, Prefill(128, 1, 8, 3, "tokens"))) < 2e-3
+    with pytest.raises(ValueError, match="multiples of 128 columns"):
+        case(x, Prefill(128, 2, 5, 3))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES[128][:6:2], ids=str)
+def test_graphs_and_streams(schedule: Prefill) -> None:
+    cases = [Case(random_hard_mask(s, 128), torch.bfloat16, "rows") for s in ((4096, 1024), (640, 4096))]
+    xs = [c.x(777) for c in cases]
+    wanted = [c(x, schedule) for c, x in zip(cases, xs, strict=True)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = [c(x, schedule) for _ in range(3) for c, x in zip(cases, xs, strict=True)]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    for _ in range(20):
+        graph.replay()
+        with torch.cuda.stream(side):
+            beside = [c(x, schedule) for c, x in zip(cases, xs, strict=True)]
+        torch.cuda.synchronize()
+        assert all(same_bits(y, w) for y, w in zip(beside, wanted, strict=True))
+        assert all(same_bits(y, wanted[i % 2]) for i, y in enumerate(captured))
+    for x in xs:
+        x.normal_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(c.error(x, y) < 2e-3 for c, x, y in zip(cases, xs, captured[-2:], strict=True))
+
+
+def test_a_new_number_of_token_tiles_inside_a_capture_says_so() -> None:
+    case, schedule = Case(random_hard_mask((256, 256), 128), torch.bfloat16, "rows"), Prefill(256, 1, 4, 3)
+    case(case.x(256), schedule)
+    x, y = case.x(257), torch.empty(257, 256, device="cuda", dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="first time inside a CUDA graph capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        case.layer.run(y, x, case.slabs.values, case.slabs.metadata, case.bias, schedule=schedule)
+    assert case.error(x, case(x, schedule)) < 2e-3
+
+
+@pytest.mark.parametrize(("rows", "schedule"), ALL)
+def test_padding_of_x_is_never_multiplied_and_nothing_is_written_beside_y(rows: int, schedule: Prefill) -> None:
+    case = Case(random_hard_mask((4 * rows - 24, 200), (rows, 128)), torch.bfloat16, "rows")
+    storage = torch.full((136, 200), float("inf"), device="cuda", dtype=torch.bfloat16)
+    x = storage[1:133]
+    x.normal_()
+    out = torch.full((140, 4 * rows - 24), 7.0, device="cuda", dtype=torch.bfloat16)
+    case.layer.run(out[3:135], x, case.slabs.values, case.slabs.metadata, case.bias, schedule=schedule)
+    assert case.error(x, out[3:135]) < 2e-3
+    assert bool((out[:3] == 7).all() & (out[135:] == 7).all())
+
+
+@pytest.mark.parametrize("batch", range(4))  # one for each of several processes
+@settings(max_examples=120, deadline=None)
+@given(data=st.data())
+def test_any_map_shape_and_tokens(batch: int, data: st.DataObject) -> None:
+    rows = data.draw(st.sampled_from((128, 64)))
+    tile_map = data.draw(tile_maps(largest=900, tiles=((rows, 128), (rows, 64), (rows, 256))))
+    m, k = (size + -size % 8 for size in tile_map.shape)
+    grid = TileMap.grid_of((m, k), tile_map.tile)
+    tile_map = TileMap((m, k), tile_map.tile, tile_map.kinds[: grid[0], : grid[1]])
+    seed, dtype = data.draw(st.integers(0, 2**31)), data.draw(st.sampled_from(list(TOLERANCE)))
+    tokens, schedule = data.draw(st.integers(1, 900)), data.draw(st.sampled_from(SCHEDULES[rows]))
+    if schedule.group == 2 and not slab_map(tile_map).in_pairs:
+        return
+    mask = HardMask.select(tile_map, torch.rand((m, k), generator=torch.Generator().manual_seed(seed)))
+    weight = random_weight((m, k), dtype, seed).cuda()
+    slabs = to_slabs(pack(weight, mask), "rows")
+    layer = Layer(tile_map, dtype, "rows", torch.device("cuda", 0))
+    x = random_weight((tokens, k), dtype, seed + 1).cuda()
+    y = torch.full((tokens, m), float("nan"), device="cuda", dtype=dtype)
+    layer.run(y, x, slabs.values, slabs.metadata, None, schedule=schedule)
+    reference = x.double() @ torch.where(mask.keep("cuda"), weight, 0).double().T
+    bound = TOLERANCE[dtype] if y.numel() > 256 else 1.02 * torch.finfo(dtype).eps / 2
+    assert relative_error(y, reference) < bound
