@@ -36,6 +36,7 @@ gpu: $(NEEDS_INSTALL)
 		tests/test_formats.py tests/test_expand.py
 	$(RUN) -m benchmarks.agreement
 	$(RUN) -m benchmarks.decode
+	$(RUN) -m benchmarks.prefill
 	$(RUN) -m benchmarks.pick_quality
 	$(RUN) -m benchmarks.compile_time
 

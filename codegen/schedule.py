@@ -16,6 +16,7 @@ from codegen.gpu import GpuSpec
 Cluster = Literal["", "tokens", "panels"]
 TOKEN_TILES = (8, 16, 32, 64, 128)
 PREFILL_TILES = (128, 256)
+TURNS = (8192, 4096)
 CLUSTERS: tuple[Cluster, ...] = ("", "tokens", "panels")
 STAGE_COUNTS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
 
@@ -116,7 +117,7 @@ class Prefill:
     tokens: width of the token tile. panels: that a CTA computes at once, each block of X is loaded once for all of them.
     x_stages, w_stages: blocks of X and slabs of each panel in flight. cluster: what two CTAs side by side differ in, "tokens"
     (they share the slabs by TMA multicast) or "panels" (they share the blocks of X). early_start: programmatic dependent
-    launch.
+    launch. turn: bytes of a warpgroup's outputs that pass through shared memory at once.
     """
 
     tokens: int
@@ -125,9 +126,11 @@ class Prefill:
     w_stages: int
     cluster: Cluster = ""
     early_start: bool = False
+    turn: int = 8192
 
     def __str__(self) -> str:
         words = (f" two {self.cluster}" if self.cluster else "") + (" early" if self.early_start else "")
+        words += "" if self.turn == 8192 else f" {self.turn} B"
         return f"prefill {self.panels}p {self.tokens}t x{self.x_stages}+{self.w_stages}{words}"
 
     @property
@@ -157,13 +160,13 @@ class Prefill:
         return rows * self.panels // 2
 
     def out_tokens(self, rows: int) -> int:
-        """Tokens whose outputs pass through shared memory at once: 8 KB of each warpgroup's."""
-        return 4096 // self.height(rows)
+        """Tokens whose outputs pass through shared memory at once."""
+        return self.turn // (2 * self.height(rows))
 
     def shared_bytes(self, rows: int) -> int:
         # two turns of each warpgroup's outputs; barriers and what warps are started with; 1 KB that the launch itself takes
         rings = self.x_stages * self.tokens * 128 + self.panels * self.w_stages * rows * 144
-        return rings + 4 * 8192 + 16 * (self.x_stages + self.panels * self.w_stages) + 2048
+        return rings + 4 * self.turn + 16 * (self.x_stages + self.panels * self.w_stages) + 2048
 
     def why_illegal(self, problem: Problem, gpu: GpuSpec) -> str | None:
         """One sentence, or None when the schedule can run."""
@@ -177,6 +180,8 @@ class Prefill:
             return f"needs sm_90 and Triton 3.9, here is sm_{gpu.capability} and Triton {gpu.triton}"
         if self.tokens not in PREFILL_TILES or self.panels not in (1, 2) or self.cluster not in CLUSTERS or self.group > 2:
             return f"token tiles are {PREFILL_TILES}, clusters {CLUSTERS}, a group has one panel or two"
+        if self.turn not in TURNS:
+            return f"outputs leave in turns of {TURNS} bytes"
         if not (2 <= self.x_stages <= MOST_STAGES and 2 <= self.w_stages <= MOST_STAGES):
             return f"a ring has 2 to {MOST_STAGES} stages"
         height = self.height(problem.slabs.rows)
@@ -244,11 +249,17 @@ def _all_schedules(gpu: GpuSpec, tokens: int) -> Iterator[Schedule]:
 
 
 def prefill_schedules(problem: Problem, gpu: GpuSpec) -> Iterator[Prefill]:
-    """Every legal one worth a thought: rings that fill the shared memory. Not among `legal_schedules` until measured."""
+    """Every legal one worth a thought: rings that fill the shared memory, smaller turns where they give it to a ring.
+
+    Not among `legal_schedules` until measured.
+    """
     for tokens in PREFILL_TILES:
         for panels in (1, 2):
             for cluster in CLUSTERS:
-                for w_stages in (2, 3, 4, 5):
-                    fitting = (Prefill(tokens, panels, x, w_stages, cluster) for x in range(10, 2, -1))
-                    legal = (s for s in fitting if s.why_illegal(problem, gpu) is None)
-                    yield from islice(legal, 1)
+                for w_stages in (2, 3, 4):
+                    most = 2
+                    for turn in TURNS:
+                        rings = (Prefill(tokens, panels, x, w_stages, cluster, turn=turn) for x in range(10, most, -1))
+                        for schedule in islice((s for s in rings if s.why_illegal(problem, gpu) is None), 1):
+                            most = schedule.x_stages
+                            yield schedule

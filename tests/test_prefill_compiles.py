@@ -20,9 +20,9 @@ from codegen.schedule import Prefill
 directory = pathlib.Path(sys.argv[1])
 DIVIDED = {"": ([], [], []), "tokens": ([[1, 0]], [[0, 0]], [[1, 0]]), "panels": ([[0, 0]], [[0, 0]], [[0, 1]])}
 for case in sys.argv[2:]:
-    dtype, rows, tokens, panels, x_stages, w_stages, cluster, early = case.split(":")
+    dtype, rows, tokens, panels, x_stages, w_stages, cluster, early, *turn = case.split(":")
     rows = int(rows)
-    s = Prefill(int(tokens), int(panels), int(x_stages), int(w_stages), cluster, early == "early")
+    s = Prefill(int(tokens), int(panels), int(x_stages), int(w_stages), cluster, early == "early", int(*turn or (8192,)))
     what = emit.Specialisation(s, rows, {"bf16": "bfloat16", "fp16": "float16"}[dtype], True)
     module = emit._load(emit.emit(what, directory=directory))
 
@@ -54,11 +54,13 @@ CASES = [
     "fp16:128:128:2:5:3:tokens:late",
     "bf16:128:256:1:4:3:panels:late",
     "fp16:128:128:1:8:3:panels:late",
+    "bf16:128:256:1:5:2::late:4096",
+    "bf16:128:128:2:6:3:tokens:late:4096",
 ]
 
 
 def check(kernel: Compiled) -> None:
-    _, rows, _, panels, _, _, cluster, early, _ = kernel.name.split(":")
+    _, rows, _, panels, _, _, cluster, early, *_ = kernel.name.split(":")
     strips = int(rows) * int(panels) // 128
     sparse = sum(i.startswith("HGMMA") and ".SP" in i for i in kernel.instructions)
     assert kernel.count("HGMMA") - sparse == sparse == 2 * 4 * strips, kernel

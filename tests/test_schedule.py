@@ -108,6 +108,7 @@ def test_float32_slabs_do_not_exist_but_other_tile_maps_do() -> None:
         (Prefill(256, 1, 4, 3), {}, ("h100", "3.6.0"), "needs sm_90 and Triton 3.9, here is sm_90 and Triton 3.6.0"),
         (Prefill(64, 1, 4, 3), {}, ("h100", "3.9.0"), "token tiles are"),
         (Prefill(128, 2, 4, 3, "panels"), {}, ("h100", "3.9.0"), "a group has one panel or two"),
+        (Prefill(256, 1, 4, 3, turn=1024), {}, ("h100", "3.9.0"), "outputs leave in turns of"),
         (Prefill(256, 1, 1, 3), {}, ("h100", "3.9.0"), "a ring has 2 to"),
         (Prefill(256, 2, 2, 2), {}, ("h100", "3.9.0"), "accumulators for 64x256, not 128x256"),
         (Prefill(256, 1, 4, 3), {"rows": 64}, ("h100", "3.9.0"), "accumulators for 64x256, not 32x256"),

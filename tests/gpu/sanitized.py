@@ -1,4 +1,4 @@
-"""Each decode family, panel height and dtype on small and ragged weights, for compute-sanitizer: `make sanitize`.
+"""Each kernel family, panel height and dtype on small and ragged weights, for compute-sanitizer: `make sanitize`.
 
     compute-sanitizer --tool memcheck python -m tests.gpu.sanitized
     compute-sanitizer --tool racecheck python -m tests.gpu.sanitized
@@ -15,6 +15,7 @@ from codegen.schedule import Decode
 from tests.strategies import random_hard_mask
 
 from .test_decode import ORDER, TOLERANCE, Case
+from .test_prefill import SCHEDULES
 
 
 def main() -> None:
@@ -31,6 +32,14 @@ def main() -> None:
                     assert error < TOLERANCE[dtype], (family, tile, dtype, tokens, error)
                     print(family, tile, shape, dtype, schedule, f"{error:.1e}", flush=True)
                 case.layer.dense(case.slabs.values, case.slabs.metadata)
+    if this_gpu().runs_hopper:
+        for rows, schedules in SCHEDULES.items():
+            case = Case(random_hard_mask((3 * rows - 24, 1096), (rows, 128)), torch.bfloat16, "rows")
+            for prefill in schedules:
+                x = case.x(270)
+                error = case.error(x, case(x, prefill))
+                assert error < TOLERANCE[torch.bfloat16], (prefill, rows, error)
+                print(prefill, rows, f"{error:.1e}", flush=True)
     torch.cuda.synchronize()
     print("all right")
 
