@@ -11,7 +11,8 @@ is comes evenly spread: 2:4 slabs ask more of the memory, dense ones more of the
 
 A program is int32, offsets count from its start:
 
-    group   offset and number of blocks of X, then twice: panel (-1: none), offset and number of slabs, of runs, 0
+    group   offset and number of blocks of X, then twice: panel (-1: none), offset and number of slabs, of runs, the
+            first run
     blocks  of X
     slabs   slab, metadata row (-1: dense)
     runs    blocks to skip | dense slabs << 10 | sparse slabs << 20, to be done in this order
@@ -81,7 +82,8 @@ def program(slabs: SlabMap, panels: int, cost: ItemCost, apart: bool = False) ->
             kinds, taken = jobs[i]
             runs = _runs(kinds)
             taken_slabs = place(np.stack([taken, metadata_row[taken]], 1).reshape(-1))
-            header[g, 2 + 6 * i : 7 + 6 * i] = panel, taken_slabs, len(taken), place(runs), len(runs)
+            first_run = runs[0] if len(runs) else 0
+            header[g, 2 + 6 * i : 8 + 6 * i] = panel, taken_slabs, len(taken), place(runs), len(runs), first_run
             work.append(cost.dense * np.count_nonzero(kinds == DENSE) + cost.sparse * np.count_nonzero(kinds == SPARSE))
         costs[g] = (max(work) if apart else sum(work)) + cost.end
     parts.append(np.zeros(HEADER, dtype=np.int64))  # kernels read one entry ahead

@@ -38,7 +38,8 @@ def group_of(work: Program, g: int, panels: int) -> tuple[list[int], list[Job]]:
     head = table[g * HEADER : (g + 1) * HEADER]
     jobs = []
     for i in range(panels):
-        panel, slabs, n_slabs, runs, n_runs = head[2 + 6 * i : 7 + 6 * i]
+        panel, slabs, n_slabs, runs, n_runs, first_run = head[2 + 6 * i : 8 + 6 * i]
+        assert first_run == (table[runs] if n_runs else 0)
         kinds = []
         for word in table[runs : runs + n_runs]:
             kinds += [0] * (word & 1023) + [1] * (word >> 10 & 1023) + [2] * (word >> 20)

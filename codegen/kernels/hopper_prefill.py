@@ -181,29 +181,15 @@ def _compute(
     word = gl.load(items)
     group = program + (word & 0xFFFF) * HEADER + mine
     panel = gl.load(group)
-    runs = gl.load(group + 3)
+    at = gl.load(group + 3)
     n_runs = gl.load(group + 4)
-    run = gl.load(program + runs)
+    run = gl.load(group + 5)
     for i in range(n_items):
-        token = (word >> 16) * (TOKENS * TOKEN_CTAS)
-        here = panel
-        entry = program + runs
-        count = n_runs
-        feature = here * ROWS + upper
-        if HAS_BIAS:
-            known = (row < out_features - feature) & (here >= 0)
-            bias = gl.load(bias_ptr + feature + row, mask=known, other=0.0)
-        # the next item's, long before it is needed
-        word = gl.load(items + i + 1)
-        group = program + (word & 0xFFFF) * HEADER + mine
-        panel = gl.load(group)
-        runs = gl.load(group + 3)
-        n_runs = gl.load(group + 4)
-
+        next_word = gl.load(items + i + 1)
         acc = gl.zeros([HEIGHT * PANEL_CTAS, TOKENS * TOKEN_CTAS], gl.float32, acc_layout)
-        for _ in range(count):
-            entry += 1
-            after = gl.load(entry)
+        for _ in range(n_runs):
+            at += 1
+            next_run = gl.load(program + at)
             for _ in range(run & 0x3FF):  # blocks for the other panel
                 gl.inline_asm(WAIT, "r,r", [ready_x.index(x_slot), x_phase])
                 gl.barrier()  # of the warpgroup: no warp may still wait when the slot is filled again
@@ -234,10 +220,21 @@ def _compute(
                 gl.inline_asm(RELEASE_W, "r", [empty_w.index(base + w_slot)])
                 x_slot, x_phase = _next(x_slot, x_phase, X_STAGES)
                 w_slot, w_phase = _next(w_slot, w_phase, W_STAGES)
-            run = after
-        run = gl.load(program + runs)
+            run = next_run
+
+        here = panel
+        feature = here * ROWS + upper
+        token = (word >> 16) * (TOKENS * TOKEN_CTAS)
+        # the next item's, on their way while this one's outputs leave
+        word = next_word
+        group = program + (word & 0xFFFF) * HEADER + mine
+        panel = gl.load(group)
+        at = gl.load(group + 3)
+        n_runs = gl.load(group + 4)
+        run = gl.load(group + 5)
         if HAS_BIAS:
-            acc += bias.to(gl.float32)[:, None]
+            known = (row < out_features - feature) & (here >= 0)
+            acc += gl.load(bias_ptr + feature + row, mask=known, other=0.0).to(gl.float32)[:, None]
         if here >= 0:
             # the copy takes the two CTAs' parts for neighbours
             apart = rank * (TOKENS - OUT_TOKENS) if TOKEN_CTAS == 2 else 0
