@@ -27,7 +27,7 @@ from patch_compiler.tuning_targets import Target, standard_targets
 from .provenance import provenance, results_file, write_results
 
 MODELS = ("llama-3.1-8b", "qwen2.5-0.5b")
-SPARSITIES = (0.25, 0.35, 0.5)
+SPARSITIES = (0.3, 0.4, 0.48)
 TOKENS = (1, 8, 32, 64)
 GOOD = 0.10
 

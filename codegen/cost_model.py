@@ -35,30 +35,33 @@ ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 class Constants:
     """Seconds, or shares of a rate in GpuSpec. The fitted ones: codegen/fit.py on tuned/fit_h100.json.
 
-    Over those 183 rows the error is 3.3 % (root mean square) and at most 10 %; cuBLAS's own times of one problem differ by as
-    much from run to run. Not measured: token tiles of 128, rings of 7, 8 and 10, T > 64.
+    Over those 427 rows the error is 4.5 % (root mean square) and at most 23 %, the larger ones at layers of a few microseconds;
+    cuBLAS's own times of one problem differ by 3 % from run to run. Not measured: token tiles of 128, T > 64; late is of an
+    earlier version of the kernel.
     """
 
-    # Decode, fitted on hopper_decode at T = 1, 16, 32 and 64
-    start: float = 0.0  # launch with early_start; what the stages below do not explain, which is nothing
+    # Decode, fitted on hopper_decode at T = 1, 4, 8, 16, 32 and 64
+    start: float = 1.13e-6  # launch with early_start
     late: float = 3.28e-6  # more without early_start: the weights wait for the kernel before to drain
-    second_cta: float = 1.2e-6  # more with two CTAs on an SM
-    stage: float = 0.239e-6  # for each slot of the ring, until the first slab is there
-    stream: float = 1.013  # of bandwidth: slabs, with infinitely many of them in flight
-    latency: float = 0.375e-6  # of memory; with few bytes in flight the rate is what is in flight over this
-    x_blocks: float = 2.77  # of l2_bandwidth: blocks of X, read again for each slab
-    reduce: float = 1.37  # of one SM's share of l2_bandwidth: the last CTA of a panel reads all its parts
-    exchange: float = 0.877  # of l2_bandwidth: all CTAs write their parts
+    second_cta: float = 0.25e-6  # more with two CTAs on an SM
+    stage: float = 0.085e-6  # for each slot of the ring, until the first slab is there
+    stream: float = 1.185  # of bandwidth: slabs, with infinitely many of them in flight
+    latency: float = 0.305e-6  # of memory; with few bytes in flight the rate is what is in flight over this
+    x_blocks: float = 2.53  # of l2_bandwidth: blocks of X, read again for each slab
+    reduce: float = 2.25  # of one SM's share of l2_bandwidth: the last CTA of a panel reads all its parts
+    exchange: float = 1000.0  # of l2_bandwidth: all CTAs write their parts; hidden behind what they read
+    issue: float = 0.0607e-6  # a stage's barriers and instructions, of the CTA with most stages
+    segment_end: float = 0.102e-6  # outputs written, the next panel begun, of the CTA with most segments
     # Decode, assumed: the data cannot tell these apart from the above
     meet: float = 5e-07  # panels are shared at all: a store, an atomic and a load one behind the other
     segment: float = 8000  # bytes of memory that the end of a segment is worth, for the work plan
     plan_x: float = 0.3  # of a byte of memory that a byte of X is worth, for the work plan
     plan_part: float = 0.4  # of a byte of memory that a byte of a part is worth, for the work plan
     tensor: float = 0.4  # of dense_flops: narrow token tiles
-    # Gemm, fitted on cuBLAS at T = 1, 16 and 64
-    gemm_start: float = 4.2e-6
-    gemm_stream: float = 0.91  # of bandwidth
-    gemm_overlap: float = 0.062  # how much of the smaller of memory and tensor time is not hidden behind the larger
+    # Gemm, fitted on cuBLAS at T = 1, 4, 16 and 64
+    gemm_start: float = 4.34e-6
+    gemm_stream: float = 0.948  # of bandwidth
+    gemm_overlap: float = 0.0  # how much of the smaller of memory and tensor time is not hidden behind the larger
     # assumed
     expand_start: float = 4e-06  # two launches more
     expand_stream: float = 0.8  # of bandwidth
@@ -135,13 +138,13 @@ def _decode(problem: Problem, schedule: Decode, gpu: GpuSpec, tokens: Any, c: Co
     fill = c.second_cta * (schedule.ctas_per_sm - 1) + c.stage * schedule.stages
     in_flight = gpu.sms * schedule.ctas_per_sm * schedule.stages * schedule.stage_bytes(_slabs(problem).rows)
     stream = facts.bytes / (c.stream * gpu.bandwidth) + facts.bytes * c.latency / in_flight
-    stream += facts.x_bytes / (c.x_blocks * gpu.l2_bandwidth)
+    stream += facts.x_bytes / (c.x_blocks * gpu.l2_bandwidth) + facts.most_stages * c.issue
     longest = facts.longest * gpu.sms / gpu.l2_bandwidth  # an uneven plan: the CTA with most to do runs at its SM's rate
     tensor = facts.flops / (c.tensor * gpu.dense_flops)
-    end = 0.0
+    end = facts.most_segments * c.segment_end
     if facts.shared_parts:
         part = schedule.cta_rows(_slabs(problem).rows) * schedule.tokens * 4
-        end = c.meet + facts.most_parts * part * gpu.sms / (c.reduce * gpu.l2_bandwidth)
+        end += c.meet + facts.most_parts * part * gpu.sms / (c.reduce * gpu.l2_bandwidth)
         end += facts.shared_parts * part / (c.exchange * gpu.l2_bandwidth)
     passes = arithmetic.tiles(tokens, schedule.tokens)
     return launch + passes * (fill + max(stream, longest, tensor) + end) + tokens * _token_bytes(problem) / gpu.bandwidth
@@ -191,11 +194,13 @@ def _slabs(problem: Problem) -> SlabMap:
 @dataclass(frozen=True)
 class _PlanFacts:
     """bytes: slabs, metadata and table. x_bytes: blocks of X copied to shared memory. longest: bytes of both kinds of the CTA
-    with most of them. most_parts: of one panel. shared_parts: partial sums in all."""
+    with most of them. most_stages, most_segments: of one CTA. most_parts: of one panel. shared_parts: partial sums in all."""
 
     bytes: int
     x_bytes: int
     longest: int
+    most_stages: int
+    most_segments: int
     most_parts: int
     shared_parts: int
     flops: int
@@ -256,6 +261,8 @@ def _plan_facts(problem: Problem, schedule: Decode, gpu: GpuSpec) -> _PlanFacts:
             bytes=_slab_bytes(slabs) + plan.table.numel() * 4,
             x_bytes=int(x_bytes.sum()),
             longest=int((x_bytes + weight_bytes).max()),
+            most_stages=int((dense + sparse).max()),
+            most_segments=int((segments[:, :, 1] + segments[:, :, 2] > 0).sum(1).max()),
             most_parts=int(parts.max()),
             shared_parts=plan.parts,
             flops=slabs.slabs * slabs.rows * 64 * 2 * schedule.tokens,

@@ -31,7 +31,9 @@ from codegen.tuning import read_schedule
 from patch_compiler.tile_map import DEFAULT_TILE, TileMap
 
 DATA = Path(__file__).parent / "tuned" / "fit_h100.json"
-SECONDS = ("start", "late", "second_cta", "stage", "latency", "gemm_start", "gemm_overlap")  # costs are linear in these
+SECONDS = (  # costs are linear in these
+    "start", "late", "second_cta", "stage", "latency", "issue", "segment_end", "gemm_start", "gemm_overlap",
+)  # fmt: skip
 RATES = ("stream", "x_blocks", "reduce", "exchange", "gemm_stream")  # and in one over these
 
 

@@ -9,13 +9,13 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated, so before ours are imported
-    torch.set_num_threads(1)  # the tensors are small: more threads only wait for each other
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile("patch", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patch")
+torch.set_num_threads(1)  # the tensors are small: more threads only wait for each other, most of all beside other processes
 
 SEED = int(os.environ.get("PATCH_TEST_SEED", random.SystemRandom().randrange(2**31)))
 
@@ -48,6 +48,7 @@ def own_tables(tmp_path, monkeypatch):
     from codegen import tuning
 
     monkeypatch.setenv("PATCH_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(tuning, "shipped_path", lambda gpu: tmp_path / "shipped" / f"{gpu.key}.json")
     tuning.reload()
     yield
     tuning.reload()
