@@ -125,11 +125,9 @@ def _seconds(
     if isinstance(schedule, Prefill):
         return prefill_cost.seconds(problem, schedule, gpu, tokens, arithmetic.tiles)
     if isinstance(schedule, Gemm):
-        seconds = _gemm(problem, gpu, tokens, constants, arithmetic)
-        return seconds + _expand(problem, gpu, constants) if schedule.expand else seconds
+        return _gemm(problem, gpu, tokens, constants, arithmetic) + (_expand(problem, gpu, constants) if schedule.expand else 0)
     # every 16 tokens read the weight again and unpack it; a guess, there is nothing to choose where it is legal
-    passes = arithmetic.tiles(tokens, 16)
-    return gpu.launch + passes * _weight_bytes(problem) / (constants.reference * gpu.bandwidth)
+    return gpu.launch + arithmetic.tiles(tokens, 16) * _weight_bytes(problem) / (constants.reference * gpu.bandwidth)
 
 
 def _decode(problem: Problem, schedule: Decode, gpu: GpuSpec, tokens: Any, c: Constants, arithmetic: _Arithmetic) -> Any:
