@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from learning.budget import Budget
@@ -42,6 +41,7 @@ from patch_compiler.text_table import table
 from patch_compiler.tile_map import TileKind, TileMap
 
 from .provenance import provenance, results_file, write_results
+from .random_llama import random_llama
 
 # hidden, feed-forward, layers, heads, key-value heads; windows and tokens of a micro-batch
 SIZES: dict[str, tuple[tuple[int, int, int, int, int], tuple[int, int]]] = {
@@ -50,21 +50,6 @@ SIZES: dict[str, tuple[tuple[int, int, int, int, int], tuple[int, int]]] = {
     "7b": ((4096, 11008, 32, 32, 32), (1, 4096)),
 }
 MODES = {"135m": ("tile", "joint"), "1b": ("tile", "joint"), "7b": ("tile",)}
-
-
-def model_of(size: str) -> nn.Module:
-    (hidden, feed_forward, layers, heads, key_value), _ = SIZES[size]
-    config = transformers.LlamaConfig(
-        hidden_size=hidden, intermediate_size=feed_forward, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=key_value, vocab_size=32000, max_position_embeddings=4096,
-    )  # fmt: skip
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("cuda"):
-            return transformers.LlamaForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(previous)
 
 
 def eager_masked_linear(
@@ -129,7 +114,7 @@ def timed(step: Callable[[int], object], steps: int) -> tuple[float, int]:
 
 def measure(size: str, mode: Any, steps: int) -> dict[str, Any]:
     windows, context = SIZES[size][1]
-    model = model_of(size)
+    model = random_llama(*SIZES[size][0])
     linears = named_linears(model)
     weights = sum(weight_of(m).numel() for m in linears.values())
     tokens = torch.randint(32000, (windows, context), device="cuda")
