@@ -25,7 +25,7 @@ from torch.nn import functional
 from learning.budget import Budget
 from learning.one_shot import sparsegpt
 from learning.soft_masks import learned_masks
-from learning.soft_masks.gumbel import Relaxation
+from learning.soft_masks.draw import Relaxation
 from learning.soft_masks.learn_config import LearnConfig
 from learning.soft_masks.learned_masks import LearnedMasks
 from learning.soft_masks.noise import NoiseKey

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from learning.soft_masks.gumbel import Draw, Relaxation, masked_linear, masked_weight, tile_gates
+from learning.soft_masks.draw import Draw, Relaxation
+from learning.soft_masks.gumbel import masked_linear, masked_weight, tile_gates
 from learning.soft_masks.noise import NoiseKey, logistic
 from learning.soft_masks.noise import gumbel as gumbel_noise
 from patch_compiler.hard_mask import HardMask

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from learning.soft_masks import gumbel
-from learning.soft_masks.gumbel import Relaxation
+from learning.soft_masks.draw import Relaxation
 from learning.soft_masks.kernels import masked_weight as kernels
 from learning.soft_masks.kernels import patterns
 

@@ -18,9 +18,7 @@ r = 1 and 2; 1100, 1010 and 0110 for r = 3.
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,33 +30,11 @@ from patch_compiler.hard_mask import to_tiles
 from patch_compiler.masks import PATTERNS, expand_codes
 from patch_compiler.tile_map import GROUP, TileMap, normalize_tile
 
+from .draw import Draw, Relaxation
 from .noise import NoiseKey, gumbel, logistic
 
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PARTIAL_PATTERNS = {1: (0,), 2: (0,), 3: (0, 1, 3)}  # of a last group of so many inputs
-
-
-@dataclass(frozen=True)
-class Relaxation:
-    """scale κ: how far logits stand out of the noise; temperature τ: how far from hard the choice is. Both positive."""
-
-    scale: float
-    temperature: float
-
-    def __post_init__(self) -> None:
-        for name in ("scale", "temperature"):
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name} {value!r}: must be positive and finite")
-
-
-@dataclass(frozen=True)
-class Draw:
-    """What a layer's soft 2:4 patterns follow from, beside their logits."""
-
-    relaxation: Relaxation
-    key: NoiseKey
-    layer: int
 
 
 def tile_gates(logits: Tensor, key: NoiseKey, scale: float, temperature: float) -> Tensor:

@@ -28,7 +28,8 @@ from patch_compiler.tile_map import TileKind, TileMap
 
 from ..budget import allocate_dense_tiles
 from ..prune_checks import checked_linears, shape_of
-from .gumbel import Relaxation, masked_linear, masked_weight, tile_gates
+from .draw import Relaxation
+from .gumbel import masked_linear, masked_weight, tile_gates
 from .learn_config import LearnConfig
 from .noise import NoiseKey
 from .priors import Start, pattern_logits, patterns_of, tile_logits

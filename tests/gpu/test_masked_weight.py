@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from learning.soft_masks import gumbel
-from learning.soft_masks.gumbel import Relaxation, masked_linear, masked_weight
+from learning.soft_masks.draw import Relaxation
+from learning.soft_masks.gumbel import masked_linear, masked_weight
 from learning.soft_masks.kernels import masked_weight as kernels
 from learning.soft_masks.noise import NoiseKey
 

@@ -12,7 +12,6 @@ atomics, the same result every time.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -21,10 +20,8 @@ from torch import Tensor
 
 from patch_compiler.tile_map import GROUP
 
+from ..draw import Draw
 from .patterns import kept_of_codes, kept_of_probabilities, probabilities
-
-if TYPE_CHECKING:
-    from ..gumbel import Draw
 
 # A group to each thread: then noise, logits and weights are in the same thread from the start, and a row is one warp's.
 BLOCK_ROWS, BLOCK_GROUPS, WARPS = 4, 32, 4
