@@ -11,8 +11,7 @@ or, one calibration for several sparsities, each on a fresh copy of the dense mo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from tqdm import tqdm
 from patch_compiler.linears import attach_mask, weight_of
 from patch_compiler.tile_map import DEFAULT_TILE, TileKind, TileMap, normalize_tile
 
-from .blocks import BlockRunner, check_windows, on_device, resolve_device
+from .blocks import BlockRunner, check_windows
 from .budget import Budget, allocate_dense_tiles, split_exactly
 from .calibration import Calibration, calibrate
 from .one_shot import METHODS, Pruned
@@ -30,7 +29,7 @@ from .one_shot.proxsparse_training import ProxSparseTraining, learn_patterns
 from .prune_checks import PATTERNS, check_calibration, check_request, checked_linears, shape_of
 from .prune_result import PrunedLayer, PruneResult
 from .statistics import InputCollector
-from .tile_scores import saved_loss
+from .tile_scores import tile_scores, weight_on_device
 
 __all__ = ["PATTERNS", "PruneResult", "PrunedLayer", "prune"]
 
@@ -100,7 +99,7 @@ def prune(
         if share is None or pattern == "2:4":
             maps = {name: TileMap.full(shape, TileKind.SPARSE24, tile) for name, shape in shapes.items()}
         else:
-            scores = _tile_scores(linears, tile, calibration if needs_scores else None, device)
+            scores = tile_scores(linears, tile, calibration if needs_scores else None, device)
             maps = allocate_dense_tiles(scores, shapes, budget or share, tile)
         if needs == "training" and windows is not None:
             training = training or ProxSparseTraining.default(linears, windows)
@@ -113,33 +112,9 @@ def prune(
             _prune_blocks(runner, linears, prune_one, result, hessian=needs == "hessian", progress=progress)
     else:
         for name, module in tqdm(linears.items(), desc=f"pruning ({method})", unit="layer", disable=not progress):
-            with _weight_on_device(module, device, write_back=True) as weight:
+            with weight_on_device(module, device, write_back=True) as weight:
                 _prune_layer(name, module, prune_one(name, weight, known.get(name)), result)
     return result
-
-
-def _tile_scores(
-    linears: dict[str, nn.Module], tile: tuple[int, int], calibration: Calibration | None, device: torch.device | str | None
-) -> dict[str, Tensor]:
-    """layer -> the loss each dense tile saves; without a calibration, what the weights alone say."""
-    scores = {}
-    for name, module in linears.items():
-        with _weight_on_device(module, device, write_back=False) as weight:
-            if calibration is None:
-                scores[name] = saved_loss(weight, tile)
-            else:
-                gradients = calibration.gradients[name] if calibration.gradients is not None else None
-                scores[name] = saved_loss(weight, tile, calibration.inputs[name].mean_square, gradients)
-    return scores
-
-
-@contextmanager
-def _weight_on_device(module: nn.Module, device: torch.device | str | None, write_back: bool) -> Iterator[Tensor]:
-    """The weight [M, K] of a linear, on the compute device."""
-    parameter = module.weight
-    assert isinstance(parameter, Tensor)
-    with on_device([parameter], resolve_device(device, parameter.device), write_back):
-        yield weight_of(module)
 
 
 def _prune_blocks(

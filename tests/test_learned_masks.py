@@ -52,7 +52,7 @@ def soft_weights(masks: LearnedMasks) -> dict[str, Tensor]:
     sample = masks._sample
     found = {}
     for layer in masks._layers:
-        gates = sample.gates[layer.first : layer.last].view(layer.grid).detach() if sample.gates is not None else None
+        gates = sample.gates[layer.index].detach() if sample.gates is not None else None
         pattern = masks._codes.get(layer.name, getattr(layer.module, PATTERN_LOGITS, None))
         found[layer.name] = masked_weight(
             weight_of(layer.module).contiguous(), gates, pattern, tile=masks.config.tile, relaxation=sample.relaxation,
@@ -313,7 +313,10 @@ def test_configurations_go_round(mode: Any) -> None:
 
 
 def test_compat_keeps_logits_in_bfloat16_and_hardens_by_sign() -> None:
-    model, masks = started("joint", compat="patch", training_budget="penalty")
+    model, masks = started("joint", compat="patch")
+    assert (masks.config.training_budget, masks.config.tile_prior) == ("penalty", "survivors")
+    with pytest.raises(ValueError, match="has the penalty only"):
+        configured("joint", compat="patch", training_budget="projected")
     assert masks.tile_logits.dtype == torch.bfloat16
     assert all(p.dtype == torch.bfloat16 for g in masks.parameters_to_train() for p in g["params"])
     masks.sample(0, 0)
@@ -334,7 +337,7 @@ def test_compat_penalty_pushes_all_tiles_the_way_the_sample_is_off() -> None:
         return masks.tile_logits.grad.float().clone()
 
     more = gradient(500.0) - gradient(0.0)
-    sampled = float(masks._budget.sampled_density(masks._sample.gates.detach()))
+    sampled = float(masks._budget.sampled_density(torch.cat([g.detach().flatten() for g in masks._sample.gates])))
     assert sampled > 0.7  # the prior alone is denser than the target at this temperature
     assert float((more > 0).float().mean()) > 0.9
 

@@ -101,7 +101,7 @@ def test_unstructured_total_is_exact(family: str, method: str) -> None:
     for layer, (name, module) in zip(result.layers, named_linears(model).items(), strict=True):
         assert layer.name == name
         assert int((weight_of(module) == 0).sum()) == layer.zeros
-        assert abs(layer.zeros - sparsity * layer.weights) <= 1
+        assert abs(layer.zeros - result.zeros * layer.weights / result.weights) <= 1
         assert mask_of(module) is None
 
 

@@ -173,8 +173,8 @@ def test_tensorboard_and_wandb_are_told_every_step(tmp_path, monkeypatch):
     told: dict[str, list[tuple[str, int]]] = {"board": [], "wandb": []}
 
     class Writer:
-        def __init__(self, directory: Path) -> None:
-            assert directory == tmp_path
+        def __init__(self, directory: Path, purge_step: int) -> None:
+            assert (directory, purge_step) == (tmp_path, 1)
 
         def add_scalar(self, name: str, value: float, step: int) -> None:
             told["board"].append((name, step))
@@ -214,6 +214,10 @@ def test_what_does_not_fit_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="vocabulary has 300"):
         run.train()
     run = Run(steps=1)
+    run.model.half()
+    with pytest.raises(ValueError, match="is float16, too coarse"):
+        run.train()
+    run = Run(steps=1)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     monkeypatch.setitem(sys.modules, "wandb", None)
     for option in ("tensorboard", "wandb"):
@@ -244,8 +248,9 @@ def test_a_gradient_that_is_not_finite_is_refused():
 
     def sample(step: int, number: int) -> None:
         original(step, number)
-        run.masks._sample.gates.register_hook(lambda g: g * math.nan)  # type: ignore[union-attr]
+        for layer in (1, 5):  # going back, the fifth comes first
+            run.masks._sample.gates[layer].register_hook(lambda g: g * math.nan)  # type: ignore[index]
 
     run.masks.sample = sample  # type: ignore[method-assign]
-    with pytest.raises(ValueError, match="step 0: the gradient is not finite"):
+    with pytest.raises(ValueError, match=f"step 0: the gradient is not finite.*{run.masks.layer_names[5]} is the first layer"):
         run.train()

@@ -48,9 +48,7 @@ def learn_config(row: Row, steps: int, batch: int, micro_batch: int, context: in
     }  # fmt: skip
     per_layer = bool(changes.pop("per_layer", False))
     mode: Any = row.method
-    if changes.get("compat") == "patch":
-        changes = {"training_budget": "penalty", "tile_prior": "survivors", "micro_batch": micro_batch} | changes
-    elif mode == "tile":
+    if mode == "tile" and changes.get("compat") != "patch":
         changes = SHORT | changes
     return LearnConfig.published(mode, Budget(0.5 if mode == "maskllm" else row.sparsity, per_layer), **changes)
 

@@ -30,7 +30,7 @@ from ..soft_masks.priors import find_start
 from ..soft_masks.start_file import is_saved, load_start, save_start
 from ..token_file import TokenFile, tokenise
 from ..training.distributed import Ranks, processes
-from ..training.loop import TrainResult, train
+from ..training.loop import TrainResult, check_run, train
 from ..training.next_token_loss import mean_loss
 from ..training.stop_request import Stopped
 from .learn_options import add_options, config_of
@@ -90,6 +90,7 @@ class _Command:
     def learn(self) -> tuple[Hardened, TrainResult, float, TokenFile, int]:
         """(masks, what training reported, the dense model's perplexity, text, validation windows)."""
         args, config, ranks = self.args, self.config, self.ranks
+        check_run(config, ranks, args.tensorboard, args.wandb is not None)
         loaded = self.load()
         check_context(loaded.model, config.context)
         linears = checked_linears(loaded.model, args.include, args.exclude)
@@ -100,8 +101,8 @@ class _Command:
         tokens = self.tokens(loaded)
         if ranks.first:
             self.describe(loaded, tokens, validation.shape[0])
-        if not is_saved(self.directory):
-            ranks.first_does(lambda: self.find_start(loaded, shapes))
+        # the first process alone looks: others may see its files appear while it is at work
+        ranks.first_does(lambda: None if is_saved(self.directory) else self.find_start(loaded, shapes))
         start = load_start(self.directory, shapes)
         model = loaded.model.to(ranks.device)
         dense = math.exp(min(mean_loss(model, validation, ranks), 700.0))
@@ -111,12 +112,16 @@ class _Command:
             validate_every=args.validate_every, save_every=args.save_every, ranks=ranks, progress=self.progress,
             tensorboard=args.tensorboard, wandb=args.wandb,
         )  # fmt: skip
-        return masks.harden(), result, dense, tokens, validation.shape[0]
+        # PATCH's code takes each tile by its logit's sign, whatever sparsity that gives
+        return masks.harden(sign_rule=config.compat == "patch"), result, dense, tokens, validation.shape[0]
 
     # ---- before
 
     def load(self) -> LoadedModel:
-        return load_model(self.args.model, DTYPES[self.args.dtype])
+        loaded = load_model(self.args.model, DTYPES[self.args.dtype])
+        if loaded.model.dtype == torch.float16 and self.args.dtype == "auto":
+            loaded.model.to(torch.bfloat16)  # a token's gradient is too small for float16
+        return loaded
 
     def open_directory(self, loaded: LoadedModel) -> None:
         """It is new, or the same run's and to be resumed."""

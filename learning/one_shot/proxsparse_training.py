@@ -81,7 +81,9 @@ def learn_patterns(
     target = next(student.parameters()).device
     linears = {name: student.get_submodule(name) for name in maps}
     sparse = {name: (tile_map.group_kinds() == int(TileKind.SPARSE24)).to(target) for name, tile_map in maps.items()}
-    optimizer = torch.optim.AdamW(student.parameters(), lr=training.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        student.parameters(), lr=training.lr, weight_decay=0.0, fused=next(student.parameters()).is_cuda
+    )
     bar = tqdm(range(training.steps), desc="training (proxsparse)", unit="step", disable=not progress)
     for step in bar:
         ids = windows[step % windows.shape[0]][None].to(target)

@@ -67,7 +67,8 @@ class LearnConfig:
     precision: "float32" keeps pattern logits and AdamW's state in float32; "compact" in bfloat16, rounded stochastically,
         with 8-bit state (needs patch-compiler[learn]).
     compat: "patch" makes the choices of PATCH's public code where they differ from the paper: logits and AdamW's state in
-        bfloat16, priors in the noise's place, a reward of norms that are not squared, the density of the sampled mask.
+        bfloat16, priors in the noise's place, a reward of norms that are not squared, the density of the sampled mask; its
+        `published` settings have the penalty and the prior of survivors too. PATCH hardens by sign: `harden(sign_rule=True)`.
     """
 
     mode: Mode
@@ -118,6 +119,8 @@ class LearnConfig:
                 raise ValueError(f"{name} {getattr(self, name)!r}: must be at least 0 and finite")
         if not 0 <= self.final_lr <= 1 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"final_lr {self.final_lr!r} is a share of lr, betas {self.betas!r} lie in 0 to 1")
+        if self.compat == "patch" and self.training_budget == "projected":
+            raise ValueError("training_budget 'projected': PATCH's code, compat 'patch', has the penalty only")
         if self.mode == "maskllm" and self.budget != Budget(0.5):
             raise ValueError(f"budget {self.budget}: maskllm learns 2:4 in every tile, sparsity 0.5 and nothing else")
         if not 0 <= self.seed < 1 << 32:
@@ -150,6 +153,8 @@ class LearnConfig:
         else:
             slow = Relaxing(Ramp(100, 500), Ramp(2, 0.05))
             found = cls(mode, budget, lr=1e-4, tiles=slow, density_penalty=3.0, norm_reward=0.1)
+        if changes.get("compat") == "patch":
+            changes = {"training_budget": "penalty", "tile_prior": "survivors"} | changes
         return replace(found, **changes)
 
     def as_json(self) -> dict[str, Any]:

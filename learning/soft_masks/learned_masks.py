@@ -65,7 +65,7 @@ class _Sample:
     """What the forward pass of one micro-batch uses."""
 
     key: NoiseKey
-    gates: Tensor | None  # [tiles]
+    gates: tuple[Tensor, ...] | None  # of each layer, [panels, columns]
     relaxation: Relaxation
     reward: float  # of the squared norm, as this micro-batch's share of the loss
 
@@ -89,6 +89,8 @@ class LearnedMasks:
         self._check(start)
         generator = torch.Generator().manual_seed(config.seed)
         device = weight_of(next(iter(linears.values()))).device
+        full = [TileMap.full(shape, TileKind.SPARSE24, config.tile) for shape in self.shapes.values()]
+        self._kept24 = [int(tile_map.sparse24_areas().sum()) for tile_map in full]
         self._budget = SoftBudget(self.shapes, config.budget, config.tile, device)
         self.tile_logits: nn.Parameter | None = None
         if config.mode != "maskllm":
@@ -111,6 +113,8 @@ class LearnedMasks:
         self._sample: _Sample | None = None
         self._hard: dict[str, tuple[Tensor, Tensor]] | None = None
         self._scale = config.tiles.scale.at(0, config.steps)
+        self._shift = torch.empty(0)
+        self._shifted_at: tuple[int, float] | None = None
         learned = {id(p) for group in self.parameters_to_train() for p in group["params"]}
         self._frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in learned]
         for parameter in self._frozen:
@@ -143,13 +147,20 @@ class LearnedMasks:
                 gates.register_hook(partial(_add, self._sampled_penalty_gradient(gates.detach()) * share))
         patterns = config.patterns
         relaxation = Relaxation(patterns.scale.at(step, config.steps), patterns.temperature.at(step, config.steps))
-        self._sample = _Sample(key, gates, relaxation, config.norm_reward_at(step) * share)
+        each = gates.split([x.last - x.first for x in self._layers]) if gates is not None else ()
+        by_layer = tuple(part.view(x.grid) for part, x in zip(each, self._layers, strict=False)) if gates is not None else None
+        self._sample = _Sample(key, by_layer, relaxation, config.norm_reward_at(step) * share)
 
     def _centred(self) -> Tensor:
         """float32 [tiles]: logits as they are sampled."""
         assert self.tile_logits is not None
         logits = self.tile_logits.float()
-        return self._budget.project(logits, self._scale) if self.config.training_budget == "projected" else logits
+        if self.config.training_budget == "penalty":
+            return logits
+        at = (self.tile_logits._version, self._scale)
+        if at != self._shifted_at:  # once a step, not for each micro-batch
+            self._shift, self._shifted_at = self._budget.shift(logits, self._scale), at
+        return self._budget.project(logits, self._scale, self._shift)
 
     def _forward(self, layer: _Layer, x: Tensor) -> Tensor:
         weight, bias = weight_of(layer.module).contiguous(), getattr(layer.module, "bias", None)
@@ -159,7 +170,7 @@ class LearnedMasks:
         sample = self._sample
         if sample is None:
             raise RuntimeError("sample() has to be called before the model runs")
-        chosen = sample.gates[layer.first : layer.last].view(layer.grid) if sample.gates is not None else None
+        chosen = sample.gates[layer.index] if sample.gates is not None else None
         pattern = self._codes[layer.name] if self.config.mode == "tile" else getattr(layer.module, PATTERN_LOGITS)
         how: dict[str, Any] = {
             "tile": self.config.tile,
@@ -187,9 +198,9 @@ class LearnedMasks:
 
     def _sampled_penalty_gradient(self, gates: Tensor) -> Tensor:
         """Of PATCH's density term with respect to the gates: it sees the sampled mask, each layer's sum in bfloat16."""
-        kept = self._budget.avoided * gates
-        sums = torch.stack([kept[layer.first : layer.last].sum() for layer in self._layers]).bfloat16()
-        density = (self._budget.kept24 + sums.double().sum()) / self._budget.weights
+        kept = (self._budget.avoided * gates).split([layer.last - layer.first for layer in self._layers])
+        whole = [part.sum() + pairs for part, pairs in zip(kept, self._kept24, strict=True)]
+        density = torch.stack(whole).bfloat16().double().sum() / self._budget.weights
         sign = torch.sign(density - self._budget.density)
         return (self.config.density_penalty * sign * self._budget.avoided / self._budget.weights).to(gates.dtype)
 
@@ -246,7 +257,8 @@ class LearnedMasks:
         self._hard = {}
         for layer in self._layers:
             mask, home = hardened.masks[layer.name], weight_of(layer.module).device
-            self._hard[layer.name] = ((mask.tile_map.kinds == int(TileKind.DENSE)).float().to(home), mask.codes.to(home))
+            codes = self._codes[layer.name] if self.config.mode == "tile" else mask.codes.to(home)
+            self._hard[layer.name] = ((mask.tile_map.kinds == int(TileKind.DENSE)).float().to(home), codes)
         try:
             yield hardened
         finally:
@@ -280,6 +292,24 @@ class LearnedMasks:
         if patterns:
             groups.append({"params": patterns, "weight_decay": self.config.weight_decay})
         return groups
+
+    def watch_gradients(self, found: set[int]) -> None:
+        """The next backward pass adds the number of every layer whose masks get an infinite or NaN gradient."""
+        sample = self._sample
+        assert sample is not None
+
+        def watch(index: int, gradient: Tensor) -> None:
+            if not bool(gradient.isfinite().all()):
+                found.add(index)
+
+        for layer in self._layers:
+            masks = sample.gates[layer.index] if sample.gates is not None else getattr(layer.module, PATTERN_LOGITS)
+            masks.register_hook(partial(watch, layer.index))
+
+    @property
+    def layer_names(self) -> list[str]:
+        """In the order of their numbers."""
+        return [layer.name for layer in self._layers]
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that was learned, and the fixed patterns."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from patch_compiler.hard_mask import HardMask, to_tiles
-from patch_compiler.linears import named_linears, weight_of
+from patch_compiler.linears import named_linears
 from patch_compiler.masks import PATTERNS, expand_codes
 from patch_compiler.tile_map import TileKind, TileMap
 
@@ -19,7 +19,7 @@ from ..calibration import Calibration, calibrate
 from ..one_shot import wanda
 from ..prune import prune
 from ..prune_checks import shape_of
-from ..tile_scores import saved_loss
+from ..tile_scores import tile_scores, weight_on_device
 from .learn_config import LearnConfig
 
 
@@ -78,10 +78,14 @@ def find_start(
             raise ValueError(f"tile_prior {config.tile_prior!r} needs calibration windows; without them use 'none'")
         calibration = calibrate(model, windows, gradients=config.tile_prior == "loss", device=device, progress=progress)
     if config.tile_prior == "loss":
-        return Start(codes, allocate_dense_tiles(_losses(linears, config, calibration), shapes, config.budget, config.tile))
+        return Start(
+            codes,
+            allocate_dense_tiles(tile_scores(linears, config.tile, calibration, device), shapes, config.budget, config.tile),
+        )
     by_layer = replace(config.budget, per_layer=True)
     return Start(
-        codes, allocate_dense_tiles(_survivors(linears, config, calibration), shapes, by_layer, config.tile, by_rank=True)
+        codes,
+        allocate_dense_tiles(_survivors(linears, config, calibration, device), shapes, by_layer, config.tile, by_rank=True),
     )
 
 
@@ -97,23 +101,17 @@ def _codes(name: str, shape: tuple[int, int], masks: Mapping[str, HardMask]) -> 
     return mask.codes
 
 
-def _losses(linears: Mapping[str, nn.Module], config: LearnConfig, calibration: Calibration) -> dict[str, Tensor]:
-    assert calibration.gradients is not None
-    return {
-        name: saved_loss(weight_of(module), config.tile, calibration.inputs[name].mean_square, calibration.gradients[name])
-        for name, module in linears.items()
-    }
-
-
-def _survivors(linears: Mapping[str, nn.Module], config: LearnConfig, calibration: Calibration) -> dict[str, Tensor]:
+def _survivors(
+    linears: Mapping[str, nn.Module], config: LearnConfig, calibration: Calibration, device: torch.device | str | None
+) -> dict[str, Tensor]:
     """Of each tile the share that Wanda without a pattern keeps at the wanted sparsity: PATCH's prior."""
     found = {}
     for name, module in linears.items():
-        weight = weight_of(module)
-        zeros = round(config.budget.sparsity * weight.numel())
-        keep = wanda.prune_unstructured(weight, calibration.inputs[name], zeros).keep
         areas = TileMap.full(shape_of(module), TileKind.DENSE, config.tile).areas()
-        found[name] = to_tiles(keep, config.tile).sum((2, 3)).cpu().double() / areas
+        with weight_on_device(module, device, write_back=False) as weight:
+            zeros = round(config.budget.sparsity * weight.numel())
+            keep = wanda.prune_unstructured(weight, calibration.inputs[name], zeros).keep
+            found[name] = to_tiles(keep, config.tile).sum((2, 3)).cpu().double() / areas
     return found
 
 

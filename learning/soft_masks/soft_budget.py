@@ -15,7 +15,8 @@ from patch_compiler.tile_map import TileKind, TileMap
 
 from ..budget import Budget, dense_budget
 
-_SECTIONS, _ROUNDS = 16, 16  # float64 cannot tell the bounds apart any more after 64 halvings
+_HALVINGS = 64  # of the interval: then float64 cannot tell its ends apart any more
+_MANY = 1 << 20  # tiles
 _REACH = 40.0  # σ(±40) is 0 or 1 to float64
 
 
@@ -51,13 +52,9 @@ class SoftBudget:
         for number, index in enumerate(indices):
             part_of[index] = number
         self._part = part_of.to(device)
+        self.density = (self.kept24 + sum(wanted)) / self.weights  # kept weights / weights that the budget asks for
         self._wanted = torch.tensor(wanted, dtype=torch.float64, device=device)
         self.avoided = torch.cat([(x.areas() - x.sparse24_areas()).flatten() for x in layouts.values()]).double().to(device)
-
-    @property
-    def density(self) -> float:
-        """Kept weights / weights that the budget asks for."""
-        return (self.kept24 + float(self._wanted.sum())) / self.weights
 
     def expected_density(self, logits: Tensor, scale: float) -> Tensor:
         """Kept weights / weights, the mean over the noise. logits: [tiles]; float64 scalar, differentiable."""
@@ -73,13 +70,15 @@ class SoftBudget:
         dense = torch.sigmoid(scale * logits.double())[self._index]
         return ((self._avoided * dense).sum(1) - self._wanted).abs().sum() / self.weights
 
-    def project(self, logits: Tensor, scale: float) -> Tensor:
+    def project(self, logits: Tensor, scale: float, shift: Tensor | None = None) -> Tensor:
         """logits [tiles] minus one number for each part, such that the expected density is the wanted one.
+
+        shift: of the same logits and scale, if it was computed before.
 
         A part whose tiles must all be 2:4, or all dense, gets logits of minus or plus infinity. Differentiable: what moves all
         logits of a part alike has no gradient.
         """
-        projected: Tensor = _Projection.apply(logits, self, scale)
+        projected: Tensor = _Projection.apply(logits, self, scale, self.shift(logits, scale) if shift is None else shift)
         return projected
 
     def shift(self, logits: Tensor, scale: float) -> Tensor:
@@ -87,13 +86,15 @@ class SoftBudget:
         p = logits.detach().double()[self._index]
         low = p.masked_fill(~self._exists, torch.inf).amin(1) - _REACH / scale
         high = p.masked_fill(~self._exists, -torch.inf).amax(1) + _REACH / scale
-        cuts = torch.arange(1, _SECTIONS, device=p.device, dtype=torch.float64) / _SECTIONS
-        for _ in range(_ROUNDS):  # of bisection with many cuts at once: a GPU takes as long for one
+        # bisection with many cuts at once, since a GPU takes as long for one; of millions of tiles with few, for the memory
+        sections = 16 if p.numel() < _MANY else 2
+        cuts = torch.arange(1, sections, device=p.device, dtype=torch.float64) / sections
+        for _ in range(_HALVINGS // (sections.bit_length() - 1)):
             width = high - low
             at = low[:, None] + width[:, None] * cuts
             dense = torch.sigmoid(scale * (p[:, None, :] - at[:, :, None]))
             too_dense = ((self._avoided[:, None, :] * dense).sum(2) > self._wanted[:, None]).sum(1)
-            low, high = low + width * too_dense / _SECTIONS, low + width * (too_dense + 1) / _SECTIONS
+            low, high = low + width * too_dense / sections, low + width * (too_dense + 1) / sections
         found = (low + high) / 2
         found = torch.where(self._wanted <= 0, torch.inf, found)
         return torch.where(self._wanted >= self._avoided.sum(1), -torch.inf, found)
@@ -111,8 +112,10 @@ class _Projection(torch.autograd.Function):
     """q_i = p_i - b(p), where Σ a_j σ(κ q_j) is constant in each part: db/dp_i = a_i s_i' / Σ a_j s_j' with s' = s (1 - s)."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, logits: Tensor, budget: SoftBudget, scale: float) -> Tensor:
-        projected = logits.double() - budget.spread(budget.shift(logits, scale))
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, logits: Tensor, budget: SoftBudget, scale: float, shift: Tensor
+    ) -> Tensor:
+        projected = logits.double() - budget.spread(shift)
         dense = torch.sigmoid(scale * projected)
         weight = budget.avoided * dense * (1 - dense)
         weight = weight / budget.spread(budget.sums(weight)).clamp(min=1e-300)
@@ -120,7 +123,7 @@ class _Projection(torch.autograd.Function):
         return projected.to(logits.dtype)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         budget, weight = ctx.budget, ctx.weight  # type: ignore[attr-defined]
         gradient = gradients[0].double()
-        return (gradient - weight * budget.spread(budget.sums(gradient))).to(gradients[0].dtype), None, None
+        return (gradient - weight * budget.spread(budget.sums(gradient))).to(gradients[0].dtype), None, None, None

@@ -36,7 +36,7 @@ class TrainingLog:
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         self._file = None
-        self._board: Any = _tensorboard(run) if tensorboard else None
+        self._board: Any = _summary_writer()(run, purge_step=first + 1) if tensorboard else None
         self._wandb: Any = _wandb(wandb, run, settings or {}) if wandb is not None else None
         if run is not None:
             _cut(run / METRICS, first)
@@ -96,19 +96,31 @@ def _cut(path: Path, first: int) -> None:
     path.write_text("".join(lines), encoding="utf-8")
 
 
-def _tensorboard(run: Path | None) -> Any:
+def check_loggers(tensorboard: bool, wandb: bool) -> None:
+    """Raises ValueError if a package that is asked for is missing."""
+    if tensorboard:
+        _summary_writer()
+    if wandb:
+        _wandb_package()
+
+
+def _summary_writer() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ValueError("TensorBoard files need tensorboard; pip install tensorboard") from None
-    return SummaryWriter(run)
+    return SummaryWriter
 
 
-def _wandb(project: str, run: Path | None, settings: Mapping[str, Any]) -> Any:
+def _wandb_package() -> Any:
     try:
         import wandb
     except ImportError:
         raise ValueError("logging to Weights & Biases needs wandb; pip install wandb") from None
+    return wandb
+
+
+def _wandb(project: str, run: Path | None, settings: Mapping[str, Any]) -> Any:
     # the same directory is the same run there, too
     known = {"id": hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16], "name": run.name} if run is not None else {}
-    return wandb.init(project=project, dir=run, config=dict(settings), resume="allow", **known)
+    return _wandb_package().init(project=project, dir=run, config=dict(settings), resume="allow", **known)

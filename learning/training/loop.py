@@ -31,9 +31,9 @@ from ..soft_masks.learned_masks import LearnedMasks
 from ..token_file import TokenFile
 from . import state as training_state
 from .distributed import Ranks, share_out_trained
-from .log import TrainingLog
+from .log import TrainingLog, check_loggers
 from .next_token_loss import first_not_finite, mean_loss, next_token_loss
-from .optimizer import LearnedOptimizer
+from .optimizer import LearnedOptimizer, check_optimizer
 from .stop_request import Stopped, StopRequest
 
 
@@ -104,6 +104,18 @@ def train(
         return loop.run(first, log, request, validate_every, save_every)
 
 
+def check_run(config: LearnConfig, ranks: Ranks, tensorboard: bool = False, wandb: bool = False) -> None:
+    """What `train` would refuse without a look at model or text. Raises ValueError."""
+    together = config.micro_batch * ranks.world
+    if config.batch % together:
+        raise ValueError(
+            f"batch {config.batch}: not a multiple of {together}, which {ranks.world} processes with micro-batches of "
+            f"{config.micro_batch} take at once"
+        )
+    check_optimizer(config)
+    check_loggers(tensorboard, wandb)
+
+
 class _Loop:
     def __init__(
         self,
@@ -117,11 +129,11 @@ class _Loop:
     ) -> None:
         self.model, self.masks, self.tokens, self.config = model, masks, tokens, config
         self.directory, self.validation, self.ranks = run, validation, ranks
-        together = config.micro_batch * ranks.world
-        if config.batch % together:
+        check_run(config, self.ranks)
+        halves = [name for name, p in model.named_parameters() if p.dtype == torch.float16]
+        if halves:
             raise ValueError(
-                f"batch {config.batch}: not a multiple of {together}, which {ranks.world} processes with micro-batches of "
-                f"{config.micro_batch} take at once"
+                f"{halves[0]} is float16, too coarse for a token's gradient: load the model in bfloat16 or float32"
             )
         if tokens.context != config.context:
             raise ValueError(f"windows of {tokens.context} tokens and a context of {config.context}")
@@ -207,15 +219,21 @@ class _Loop:
         }  # fmt: skip
 
     def _explain(self, step: int, loss: float) -> None:
-        """Run the step's micro-batches again, watching every layer. Always raises."""
+        """Run the step's micro-batches again, forward and back, watching every layer. Always raises."""
         self.optimizer.forget()
-        culprit = None
+        outputs, gradients = None, set[int]()
         for number, ids in self._micro_batches(step):
             self.masks.sample(step, number)
             here = first_not_finite(self.model, ids)
-            if here is not None and culprit is None:
-                culprit = f"{here} is the first layer with an output that is not, in micro-batch {number}"
-        told = [x for x in self.ranks.gather(culprit) if x is not None]
+            if here is not None and outputs is None:
+                outputs = f"{here} is the first layer with an output that is not, in micro-batch {number}"
+            self.masks.sample(step, number)
+            self.masks.watch_gradients(gradients)
+            (next_token_loss(self.model, ids) * (self.config.micro_batch / self.config.batch)).backward()
+        backward = (
+            f"going back, {self.masks.layer_names[max(gradients)]} is the first layer whose is not" if gradients else None
+        )
+        told = [x for each in zip(*self.ranks.gather((outputs, backward)), strict=True) for x in each if x is not None]
         what = f"the loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"
         reason = told[0] if told else "every layer's output is: the learning rate or a reward may be too large"
         raise ValueError(f"step {step}: {what}; all must be finite, and {reason}")

@@ -35,7 +35,8 @@ class LearnedOptimizer:
             (compact if narrow else wide).append({**group, "params": own})
         # the rate is set before every step
         common: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
-        self._optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(wide, **common)] if wide else []
+        fused = ranks.device.type == "cuda"  # else AdamW makes a temporary as large as all parameters
+        self._optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(wide, fused=fused, **common)] if wide else []
         if compact:
             self._optimizers.append(_adamw_8bit()(compact, bf16_stochastic_round=True, **common))
 
@@ -92,6 +93,12 @@ class LearnedOptimizer:
 
 def _mixed(*numbers: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "little") >> 1
+
+
+def check_optimizer(config: LearnConfig) -> None:
+    """Raises ValueError if a package that the settings need is missing."""
+    if config.precision == "compact" and config.mode != "tile":
+        _adamw_8bit()
 
 
 def _adamw_8bit() -> Any:

@@ -64,7 +64,8 @@ def save(
     partial = target.with_name(f".{target.name}.partial")
 
     def prepare() -> None:
-        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+        for unfinished in partial.parent.glob(".step-*.partial"):  # of a process that was killed
+            shutil.rmtree(unfinished, ignore_errors=True)
         partial.mkdir(parents=True)
 
     ranks.first_does(prepare)
@@ -119,7 +120,8 @@ def load_masks_state(found: Checkpoint, masks: LearnedMasks) -> None:
 
 def load_optimizer_state(found: Checkpoint, optimizer: LearnedOptimizer, ranks: Ranks, sharded: bool) -> None:
     path = found.path / f"optimizer-{ranks.rank if sharded else 0}.pt"
-    optimizer.load_state_dict(torch.load(path, map_location=ranks.device, weights_only=True))
+    # on the CPU: AdamW moves its large tensors itself, and its counters have to stay there
+    optimizer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def _versions(ranks: Ranks) -> dict[str, str]:
