@@ -52,7 +52,7 @@ $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(if $(HAS_GPU),,if $(REACHABLE); then index="--index-url $(CPU_INDEX)"; fi;) \
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check $$index "$(TORCH)"
-	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -e ".[gguf,hub,test,lint]"
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -e ".[gguf,hub,eval,test,lint]"
 	touch $@
 
 clean:

@@ -24,7 +24,7 @@ from benchmarks.demo_model import demo_model
 from benchmarks.provenance import provenance, results_file, write_results
 from learning.calibration import calibrate
 from learning.data import token_stream, token_windows
-from learning.evaluate import padded
+from learning.evaluation.perplexity import padded
 from learning.models import load_model
 from learning.prune import prune
 from patch_compiler import HardMask, apply_masks, convert, explain

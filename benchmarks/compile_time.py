@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
 from patch_compiler import HardMask, TileKind, TileMap, convert, explain, named_linears
@@ -29,22 +28,9 @@ from patch_compiler.linears import weight_of
 from patch_compiler.masks import PATTERNS
 
 from .provenance import provenance, results_file, write_results
+from .random_llama import random_llama
 
 SPARSITY = 0.45
-
-
-def model_of(layers: int) -> nn.Module:
-    """LLaMA-2-7B's sizes with random weights, on the GPU in bfloat16."""
-    config = transformers.LlamaConfig(
-        hidden_size=4096, intermediate_size=11008, num_hidden_layers=layers, num_attention_heads=32, vocab_size=32000
-    )
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("cuda"):
-            return transformers.LlamaForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(previous)
 
 
 def random_masks(model: nn.Module) -> dict[str, HardMask]:
@@ -69,7 +55,7 @@ def random_masks(model: nn.Module) -> dict[str, HardMask]:
 def once(layers: int) -> dict[str, Any]:
     """What one process takes: pack, then compile and run the first token."""
     torch.manual_seed(0)  # the tile maps decide what can be found in the caches
-    model = model_of(layers)
+    model = random_llama(4096, 11008, layers, 32, 32)
     masks = random_masks(model)
     torch.cuda.synchronize()
     start = time.perf_counter()

@@ -28,7 +28,7 @@ from benchmarks.demo_model import DemoModelError, demo_model
 from benchmarks.provenance import provenance, write_results
 from learning.calibration import Calibration, calibrate
 from learning.data import describe_source, token_stream, token_windows
-from learning.evaluate import generate_texts, padded, perplexity
+from learning.evaluation.perplexity import generate_texts, padded, perplexity
 from learning.models import LoadedModel, check_context, load_model
 from learning.prune import prune
 from patch_compiler import (

@@ -1,6 +1,7 @@
-"""`python -m learning prune | evaluate | export | import-mask`; each says what it takes with --help.
+"""`python -m learning prune | learn | evaluate | export | import-mask`; each says what it takes with --help.
 
-Exit codes: 0 done, 2 bad input (one line on stderr says what), 130 interrupted. Nothing half-written is left behind.
+Exit codes: 0 done, 2 bad input (one line on stderr says what), 75 `learn` was asked to stop and can be resumed, 130
+interrupted. Nothing half-written is left behind.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except torch.OutOfMemoryError as error:
         if args.debug:
             raise
-        print(f"error: {_one_line(error)} (try a smaller --context, or --device cpu)", file=sys.stderr)
+        hint = "try a smaller --context, --batch-size or --micro-batch, or --device cpu"
+        print(f"error: {_one_line(error)} ({hint})", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:
         if args.debug:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,24 +18,95 @@ def check_hybrid_sparsity(sparsity: float) -> None:
         raise ValueError(f"sparsity {sparsity!r}: dense and 2:4 tiles reach 0 to 0.5")
 
 
+@dataclass(frozen=True)
+class Part:
+    """Layers that share one budget."""
+
+    names: tuple[str, ...]
+    sparsity: float
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many zeros a model gets, and where that is decided.
+
+    sparsity: zeros / weights over all layers, 0 to 0.5. per_layer: every layer gets its share by itself, instead of all
+    layers together. rules: (regular expression searched in the layer's path, sparsity) for some of the layers, which then
+    share a budget of their own; the first that matches counts. The other layers share what is left of the whole.
+
+    Raises ValueError for a sparsity out of range or a bad expression.
+    """
+
+    sparsity: float
+    per_layer: bool = False
+    rules: tuple[tuple[str, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        check_hybrid_sparsity(self.sparsity)
+        for pattern, sparsity in self.rules:
+            check_hybrid_sparsity(sparsity)
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"budget for {pattern!r}: no regular expression ({error})") from None
+
+    def parts(self, shapes: Mapping[str, tuple[int, int]]) -> list[Part]:
+        """Disjoint and of all layers. ValueError for a rule without a layer, or if the rest cannot make up for the rules."""
+        ruled: list[list[str]] = [[] for _ in self.rules]
+        rest: list[str] = []
+        for name in shapes:
+            matching = (i for i, (pattern, _) in enumerate(self.rules) if re.search(pattern, name))
+            found = next(matching, None)
+            (rest if found is None else ruled[found]).append(name)
+        for (pattern, _), names in zip(self.rules, ruled, strict=True):
+            if not names:
+                raise ValueError(
+                    f"budget for {pattern!r}: no layer is left for it; layers are {', '.join(list(shapes)[:3])}, ..."
+                )
+        parts = [Part(tuple(names), sparsity) for names, (_, sparsity) in zip(ruled, self.rules, strict=True)]
+        parts += [Part(tuple(rest), self._left(parts, rest, shapes))] if rest else []
+        if not rest:
+            self._left(parts, rest, shapes)
+        if self.per_layer:
+            parts = [Part((name,), part.sparsity) for part in parts for name in part.names]
+        return parts
+
+    def _left(self, parts: Sequence[Part], rest: Sequence[str], shapes: Mapping[str, tuple[int, int]]) -> float:
+        """The sparsity of the layers without a rule."""
+        weights = {name: m * k for name, (m, k) in shapes.items()}
+        zeros = self.sparsity * sum(weights.values()) - sum(p.sparsity * weights[n] for p in parts for n in p.names)
+        free = sum(weights[name] for name in rest)
+        if not (-1e-6 * free <= zeros <= (0.5 + 1e-6) * free) and not (free == 0 and abs(zeros) < 1e-3 * sum(weights.values())):
+            ruled = sum(p.sparsity * weights[n] for p in parts for n in p.names) / sum(weights.values())
+            raise ValueError(
+                f"sparsity {self.sparsity}: the budgets by rule give {ruled:.4f} of all weights, and the {len(rest)} layers "
+                f"without a rule can add 0 to {0.5 * free / sum(weights.values()):.4f}"
+            )
+        return min(max(zeros / free, 0.0), 0.5) if free else 0.0
+
+
 def allocate_dense_tiles(
     scores: Mapping[str, Tensor],
     shapes: Mapping[str, tuple[int, int]],
-    sparsity: float,
+    budget: Budget | float,
     tile: int | tuple[int, int] = DEFAULT_TILE,
+    *,
+    by_rank: bool = False,
 ) -> dict[str, TileMap]:
-    """Choose the dense tiles over all layers together: those that save the most loss for each zero they avoid.
+    """Choose the dense tiles over all layers that share a budget: those that save the most loss for each zero they avoid.
 
-    scores: layer -> [panels, columns], the loss that keeping the tile dense saves (any common unit, finite).
-    shapes: layer -> (M, K). sparsity: zeros / weights over all layers, 0 to 0.5; at 0.5 every tile is 2:4.
+    scores: layer -> [panels, columns], the loss that keeping the tile dense saves (any common unit, finite). by_rank: they are
+    of no unit, such as learned logits, and only their order counts. shapes: layer -> (M, K). budget: a number stands for all
+    layers together; at sparsity 0.5 every tile is 2:4.
     Returns layer -> TileMap of dense and 2:4 tiles; zeros differ from sparsity x weights by less than the zeros of
-    one tile. Of two tiles that avoid equally many zeros the one with the higher score is dense first; equal scores go by
-    order of layers, then of tiles. A tile in which 2:4 drops nothing (one or two inputs wide) is always dense.
+    one tile for each part of the budget. Of two tiles that avoid equally many zeros the one with the higher score is dense
+    first; equal scores go by order of layers, then of tiles. A tile in which 2:4 drops nothing (one or two inputs wide) is
+    always dense.
 
-    A budget for one layer alone is this function called with that layer alone.
     Raises ValueError for a sparsity that is out of range or out of reach, and for scores that do not fit.
     """
-    check_hybrid_sparsity(sparsity)
+    if not isinstance(budget, Budget):
+        budget = Budget(budget)
     tile = normalize_tile(tile)
     if not scores or set(scores) != set(shapes):
         odd = sorted(set(scores) ^ set(shapes))
@@ -41,10 +114,19 @@ def allocate_dense_tiles(
     layouts = {name: TileMap.full(shapes[name], TileKind.SPARSE24, tile) for name in scores}
     for name, layout in layouts.items():
         _check_scores(name, scores[name], layout)
-    value = torch.cat([scores[name].detach().double().cpu().flatten() for name in layouts])
-    avoided = torch.cat([(layout.areas() - layout.sparse24_areas()).flatten() for layout in layouts.values()])
+    found: dict[str, TileMap] = {}
+    for part in budget.parts({name: shapes[name] for name in scores}):
+        found |= _allocate_part(scores, {name: layouts[name] for name in part.names}, part.sparsity, by_rank)
+    return {name: found[name] for name in layouts}
 
-    weights = sum(layout.weights for layout in layouts.values())
+
+def dense_budget(layouts: Sequence[TileMap], sparsity: float) -> tuple[Tensor, float]:
+    """(zeros that each tile avoids if it is dense, int64 [tiles]; how many zeros the dense tiles are to avoid together).
+
+    layouts: of the layers that share the budget, tiles in their order. Raises ValueError if the sparsity is out of reach.
+    """
+    avoided = torch.cat([(layout.areas() - layout.sparse24_areas()).flatten() for layout in layouts])
+    weights = sum(layout.weights for layout in layouts)
     reachable = int(avoided.sum())
     target = sparsity * weights
     if sparsity < 0.5 and target > reachable and target - reachable >= int(avoided.max()):
@@ -52,10 +134,18 @@ def allocate_dense_tiles(
             f"sparsity {sparsity}: 2:4 in every tile reaches {reachable / weights:.4f} at most, "
             "since it keeps all of a last group of 1 or 2 inputs"
         )
-    dense = _choose(value, avoided, max(0.0, reachable - target))
+    return avoided, max(0.0, reachable - target)
+
+
+def _allocate_part(
+    scores: Mapping[str, Tensor], layouts: Mapping[str, TileMap], sparsity: float, by_rank: bool
+) -> dict[str, TileMap]:
+    value = torch.cat([scores[name].detach().double().cpu().flatten() for name in layouts])
+    avoided, budget = dense_budget(list(layouts.values()), sparsity)
+    dense = _choose(value, avoided, budget, value if by_rank else value / avoided.clamp(min=1))
     parts = dense.split([layout.kinds.numel() for layout in layouts.values()])
     return {
-        name: TileMap.from_dense(layout.shape, part.view(layout.grid), tile)
+        name: TileMap.from_dense(layout.shape, part.view(layout.grid), layout.tile)
         for (name, layout), part in zip(layouts.items(), parts, strict=True)
     }
 
@@ -70,13 +160,13 @@ def _check_scores(name: str, score: Tensor, layout: TileMap) -> None:
         raise ValueError(f"{name}: {int((~score.isfinite()).sum())} of its {score.numel()} tile scores are NaN or infinite")
 
 
-def _choose(value: Tensor, avoided: Tensor, budget: float) -> Tensor:
+def _choose(value: Tensor, avoided: Tensor, budget: float, rank: Tensor) -> Tensor:
     """bool [tiles]: tiles to keep dense so that the zeros they avoid sum to `budget` as nearly as possible.
 
-    Tiles are taken by value per avoided zero while they fit. What is left of the budget is then closed by adding,
+    Tiles are taken from the highest rank on while they fit. What is left of the budget is then closed by adding,
     removing or exchanging single tiles next to the cut, as long as that brings the sum nearer.
     """
-    order = torch.argsort(value / avoided.clamp(min=1), descending=True, stable=True)
+    order = torch.argsort(rank, descending=True, stable=True)
     fits = avoided[order].cumsum(0) <= budget
     dense = torch.zeros(value.numel(), dtype=torch.bool)
     dense[order[fits]] = True

@@ -21,12 +21,12 @@ import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
-Split = Literal["train", "test"]
+from .hub_stream import Split, stream_hub
 
 TEXTS = Path(__file__).parent / "texts"
 SHIPPED = {"train": TEXTS / "calibration.txt.xz", "test": TEXTS / "heldout.txt.xz"}
@@ -59,7 +59,7 @@ def load_texts(source: str | None = None, split: Split = "train", *, max_chars: 
     elif source == "wikitext2":
         rows = _read_hub(f"{WIKITEXT2}:{split}", split, None, None)
         documents = ["\n\n".join(rows)]
-    elif source.endswith(SUFFIXES) or source.startswith((".", "/", "~")) or not _HUB_SOURCE.fullmatch(source):
+    elif not is_hub_dataset(source):
         raise ValueError(
             f"text source {source!r}: no such file or directory; allowed are a path ({', '.join(SUFFIXES)}, or a directory), "
             'a hub dataset "owner/name[:config][:split]", "wikitext2" and "default"'
@@ -96,12 +96,12 @@ def _read_file(path: Path) -> Iterator[str]:
         if path.name.endswith(".parquet"):
             yield from _read_parquet(path)
         elif path.name.endswith((".jsonl", ".jsonl.xz", ".jsonl.gz")):
-            with _open(path) as file:
+            with open_text(path) as file:
                 for number, line in enumerate(file, 1):
                     if line.strip():
                         yield _text_of_line(path, number, line)
         elif path.name.endswith(SUFFIXES):
-            with _open(path) as file:
+            with open_text(path) as file:
                 yield from re.split(r"\n(?:[ \t]*\n){2,}", file.read())
         else:
             raise ValueError(f"text source {str(path)!r}: the name must end in one of {', '.join(SUFFIXES)}")
@@ -111,7 +111,8 @@ def _read_file(path: Path) -> Iterator[str]:
         raise ValueError(f"text source {str(path)!r} cannot be read: {error}") from None
 
 
-def _open(path: Path) -> TextIO:
+def open_text(path: Path) -> TextIO:
+    """UTF-8 text, also from .xz and .gz."""
     if path.suffix == ".xz":
         return lzma.open(path, "rt", encoding="utf-8")
     if path.suffix == ".gz":
@@ -147,32 +148,21 @@ def _read_parquet(path: Path) -> Iterator[str]:
         raise ValueError(f"text source {str(path)!r} cannot be read: {error}") from None
 
 
+def is_hub_dataset(source: str | None) -> bool:
+    """Whether a text source is "owner/name[:config][:split]" rather than a path or a name of its own."""
+    if source is None or source.endswith(SUFFIXES) or source.startswith((".", "/", "~")):
+        return False
+    return _HUB_SOURCE.fullmatch(source) is not None and not Path(source).expanduser().exists()
+
+
 def _read_hub(source: str, split: Split, max_chars: int | None, seed: int | None) -> list[str]:
-    try:
-        import datasets
-    except ImportError:
-        raise ValueError(
-            f"text source {source!r}: reading the hub needs the datasets package; pip install 'patch-compiler[hub]'"
-        ) from None
-    match = _HUB_SOURCE.fullmatch(source)
-    assert match is not None  # load_texts lets nothing else through
-    name, config, wanted = match.groups()
     documents: list[str] = []
     chars = 0
-    try:
-        stream = datasets.load_dataset(name, config, split=wanted or split, streaming=True)
-        if seed is not None:
-            stream = stream.shuffle(seed=seed, buffer_size=1000)
-        for record in stream:
-            if not isinstance(record.get("text"), str):
-                raise ValueError(f'no string column "text" among {", ".join(record)}')
-            documents.append(record["text"])
-            chars += len(record["text"])
-            if max_chars is not None and chars >= max_chars:
-                break
-    except Exception as error:  # datasets lets the errors of several HTTP and file libraries through
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"text source {source!r}: neither a path nor a hub dataset that can be read ({reason[0]})") from error
+    for text in stream_hub(source, split, seed):
+        documents.append(text)
+        chars += len(text)
+        if max_chars is not None and chars >= max_chars:
+            break
     return documents
 
 

@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from patch_compiler.hf import CHECKPOINT_FILE, load_compressed
 
-PRUNING_RECORD = "pruning.json"  # settings and reached sparsity, beside what `python -m learning prune` writes
+PRUNING_RECORD = "pruning.json"  # settings and reached sparsity, beside what `python -m learning prune` and `learn` write
 
 
 @dataclass(frozen=True)

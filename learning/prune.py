@@ -11,8 +11,8 @@ or, one calibration for several sparsities, each on a fresh copy of the dense mo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,18 +21,19 @@ from tqdm import tqdm
 from patch_compiler.linears import attach_mask, weight_of
 from patch_compiler.tile_map import DEFAULT_TILE, TileKind, TileMap, normalize_tile
 
-from .blocks import BlockRunner, check_windows, on_device, resolve_device
-from .budget import allocate_dense_tiles, split_exactly
+from .blocks import BlockRunner, check_windows
+from .budget import Budget, allocate_dense_tiles, split_exactly
 from .calibration import Calibration, calibrate
 from .one_shot import METHODS, Pruned
+from .one_shot.proxsparse_training import ProxSparseTraining, learn_patterns
 from .prune_checks import PATTERNS, check_calibration, check_request, checked_linears, shape_of
 from .prune_result import PrunedLayer, PruneResult
-from .statistics import InputCollector, InputStatistics
-from .tile_scores import saved_loss
+from .statistics import InputCollector
+from .tile_scores import tile_scores, weight_on_device
 
 __all__ = ["PATTERNS", "PruneResult", "PrunedLayer", "prune"]
 
-PruneOne = Callable[[str, Tensor, InputStatistics | None], Pruned]  # (layer, weight [M, K], statistics)
+PruneOne = Callable[[str, Tensor, Any], Pruned]  # (layer, weight [M, K], what the method needs)
 
 
 def prune(
@@ -41,11 +42,12 @@ def prune(
     *,
     method: str = "wanda",
     pattern: str = "hybrid",
-    sparsity: float | None = None,
+    sparsity: float | Budget | None = None,
     tile: int | tuple[int, int] = DEFAULT_TILE,
     include: str | None = None,
     exclude: str | None = None,
     calibration: Calibration | None = None,
+    training: ProxSparseTraining | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> PruneResult:
@@ -54,19 +56,25 @@ def prune(
     windows: int64 [count, context] token ids to calibrate on. calibration: what `calibrate` found on this dense model.
         magnitude needs neither. wanda takes either: with windows it goes through the model block by block and looks at
         inputs that have passed through the blocks pruned before (as its authors do), with a calibration alone it uses the
-        dense model's inputs and runs nothing. sparsegpt needs windows; a calibration spares it the first sweep.
+        dense model's inputs and runs nothing. sparsegpt and thanos need windows; a calibration spares them the first sweep.
+        proxsparse needs windows to train a copy of the model on, which is all on the device.
     pattern: "hybrid" keeps the tiles dense that save the most loss over all layers together and makes the rest 2:4;
         "2:4" makes every tile 2:4; "unstructured" drops single weights, the same part of every layer.
     sparsity: zeros / weights over all matched layers together; hybrid: 0 to 0.5, met to one tile; unstructured: 0 to 1, met
-        exactly; "2:4" is always 0.5 and needs none.
+        exactly; "2:4" is always 0.5 and needs none. Of the hybrid pattern also a `Budget`, for budgets by layer or by rule.
     include, exclude: regular expressions searched in the layer's path, such as "mlp" for the feed-forward layers.
+    training: how proxsparse trains; None: once over the windows, `ProxSparseTraining.default`.
     device: where to compute, None: where the model lies. One block at a time is moved there and back.
 
     Raises ValueError for bad input, before anything is changed. If it is interrupted or fails later, blocks before the
     current one are pruned and carry their masks, later ones are dense; load the model again to start over. Warns when
     a layer falls back to another method.
     """
-    check_request(method, pattern, sparsity, windows, calibration)
+    budget = sparsity if isinstance(sparsity, Budget) else None
+    share = sparsity.sparsity if isinstance(sparsity, Budget) else sparsity
+    check_request(method, pattern, share, windows, calibration, training)
+    if budget is not None and pattern != "hybrid":
+        raise ValueError(f"a budget chooses dense tiles: it is for the hybrid pattern, for {pattern} name a sparsity")
     tile = normalize_tile(tile)
     linears = checked_linears(model, include, exclude)
     if windows is not None:
@@ -79,54 +87,34 @@ def prune(
         calibration = calibrate(model, windows, device=device, progress=progress)
 
     prune_tiles, prune_unstructured = METHODS[method].prune_tiles, METHODS[method].prune_unstructured
+    known: Mapping[str, Any] = calibration.inputs if calibration is not None else {}
     shapes = {name: shape_of(module) for name, module in linears.items()}
     prune_one: PruneOne
     if pattern == "unstructured":
+        assert prune_unstructured is not None
         sizes = [m * k for m, k in shapes.values()]
-        zeros = dict(zip(shapes, split_exactly(round((sparsity or 0.0) * sum(sizes)), sizes), strict=True))
+        zeros = dict(zip(shapes, split_exactly(round((share or 0.0) * sum(sizes)), sizes), strict=True))
         prune_one = lambda name, weight, inputs: prune_unstructured(weight, inputs, zeros[name])  # noqa: E731
     else:
-        if sparsity is None or pattern == "2:4":
+        if share is None or pattern == "2:4":
             maps = {name: TileMap.full(shape, TileKind.SPARSE24, tile) for name, shape in shapes.items()}
         else:
-            scores = _tile_scores(linears, tile, calibration if needs_scores else None, device)
-            maps = allocate_dense_tiles(scores, shapes, sparsity, tile)
+            scores = tile_scores(linears, tile, calibration if needs_scores else None, device)
+            maps = allocate_dense_tiles(scores, shapes, budget or share, tile)
+        if needs == "training" and windows is not None:
+            training = training or ProxSparseTraining.default(linears, windows)
+            known = learn_patterns(model, windows, maps, training, device=device, progress=progress)
         prune_one = lambda name, weight, inputs: prune_tiles(weight, inputs, maps[name])  # noqa: E731
 
-    result = PruneResult(method, pattern, 0.5 if sparsity is None else float(sparsity), tile)
-    if windows is not None and needs != "nothing":
+    result = PruneResult(method, pattern, 0.5 if share is None else float(share), tile)
+    if windows is not None and needs in ("inputs", "hessian"):
         with BlockRunner(model, windows, device) as runner:
             _prune_blocks(runner, linears, prune_one, result, hessian=needs == "hessian", progress=progress)
     else:
-        known = calibration.inputs if calibration is not None else {}
         for name, module in tqdm(linears.items(), desc=f"pruning ({method})", unit="layer", disable=not progress):
-            with _weight_on_device(module, device, write_back=True) as weight:
+            with weight_on_device(module, device, write_back=True) as weight:
                 _prune_layer(name, module, prune_one(name, weight, known.get(name)), result)
     return result
-
-
-def _tile_scores(
-    linears: dict[str, nn.Module], tile: tuple[int, int], calibration: Calibration | None, device: torch.device | str | None
-) -> dict[str, Tensor]:
-    """layer -> the loss each dense tile saves; without a calibration, what the weights alone say."""
-    scores = {}
-    for name, module in linears.items():
-        with _weight_on_device(module, device, write_back=False) as weight:
-            if calibration is None:
-                scores[name] = saved_loss(weight, tile)
-            else:
-                gradients = calibration.gradients[name] if calibration.gradients is not None else None
-                scores[name] = saved_loss(weight, tile, calibration.inputs[name].mean_square, gradients)
-    return scores
-
-
-@contextmanager
-def _weight_on_device(module: nn.Module, device: torch.device | str | None, write_back: bool) -> Iterator[Tensor]:
-    """The weight [M, K] of a linear, on the compute device."""
-    parameter = module.weight
-    assert isinstance(parameter, Tensor)
-    with on_device([parameter], resolve_device(device, parameter.device), write_back):
-        yield weight_of(module)
 
 
 def _prune_blocks(

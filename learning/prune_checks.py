@@ -9,18 +9,26 @@ from patch_compiler.linears import mask_of, named_linears, weight_of
 from .budget import check_hybrid_sparsity
 from .calibration import Calibration
 from .one_shot import METHODS
+from .one_shot.proxsparse_training import ProxSparseTraining
 
 PATTERNS = ("hybrid", "2:4", "unstructured")
 
 
 def check_request(
-    method: str, pattern: str, sparsity: float | None, windows: Tensor | None, calibration: Calibration | None
+    method: str,
+    pattern: str,
+    sparsity: float | None,
+    windows: Tensor | None,
+    calibration: Calibration | None,
+    training: ProxSparseTraining | None = None,
 ) -> None:
     """Method, pattern and sparsity are known and fit each other, and what the method needs is there."""
     if method not in METHODS:
         raise ValueError(f"method {method!r}: known methods are {', '.join(METHODS)}")
     if pattern not in PATTERNS:
         raise ValueError(f"pattern {pattern!r}: known patterns are {', '.join(PATTERNS)}")
+    if pattern == "unstructured" and METHODS[method].prune_unstructured is None:
+        raise ValueError(f"method {method!r} chooses 2:4 patterns only: its patterns are hybrid and 2:4, not unstructured")
     if pattern == "2:4":
         if sparsity not in (None, 0.5):
             raise ValueError(f"sparsity {sparsity!r}: the 2:4 pattern is always 0.5; leave it out, or use the hybrid pattern")
@@ -31,7 +39,9 @@ def check_request(
     elif not 0.0 <= sparsity <= 1.0:
         raise ValueError(f"sparsity {sparsity!r}: the unstructured pattern allows 0 to 1")
     needs = METHODS[method].needs
-    if windows is None and (needs == "hessian" or (needs == "inputs" and calibration is None)):
+    if training is not None and needs != "training":
+        raise ValueError(f"method {method!r} does not train: training settings are for proxsparse")
+    if windows is None and (needs in ("hessian", "training") or (needs == "inputs" and calibration is None)):
         raise ValueError(f"method {method!r} needs calibration windows" + (" or a calibration" if needs == "inputs" else ""))
 
 

@@ -9,7 +9,7 @@ from patch_compiler.hard_mask import HardMask
 
 @dataclass(frozen=True)
 class PrunedLayer:
-    """One layer of a PruneResult. method: the one used in the end (sparsegpt may have fallen back to wanda).
+    """One layer of a PruneResult. method: the one used in the end (sparsegpt and thanos may have fallen back to wanda).
 
     dense, sparse24: number of tiles of each kind; 0 and 0 if unstructured.
     """

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from learning.evaluate import generate_texts, perplexity
+from learning.evaluation.perplexity import generate_texts, perplexity
 
 from .tiny import VOCABULARY, tiny_llama, tiny_tokenizer
 

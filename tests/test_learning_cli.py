@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from learning.__main__ import main
 from learning.commands import prune as prune_command
+from learning.commands import pruned_output
 from learning.data import token_stream
-from learning.evaluate import perplexity
+from learning.evaluation.perplexity import perplexity
 from learning.models import load_model
 from patch_compiler.artifact import load_checkpoint, load_masks
 from patch_compiler.linears import named_linears, weight_of
@@ -245,7 +246,7 @@ def refused(capsys, tmp_path: Path, *argv: str) -> str:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--method", "thanos"], "invalid choice: 'thanos'"),
+        (["--method", "obs"], "invalid choice: 'obs'"),
         (["--pattern", "4:8"], "invalid choice: '4:8'"),
         (["--sparsity", "0.6"], "dense and 2:4 tiles reach 0 to 0.5"),
         (["--sparsity", "nan"], "reach 0 to 0.5"),
@@ -323,18 +324,23 @@ def test_overwrite_replaces_an_earlier_output(base, tmp_path):
 # ---- interrupted
 
 
-@pytest.mark.parametrize("moment", ["prune", "save_compressed"])
-def test_ctrl_c_leaves_nothing(base, tmp_path, capsys, monkeypatch, moment):
-    original = getattr(prune_command, moment)
+@pytest.mark.parametrize(("module", "moment"), [(prune_command, "prune"), (pruned_output, "save_compressed")])
+def test_ctrl_c_leaves_nothing(base, tmp_path, capsys, monkeypatch, module, moment):
+    original = getattr(module, moment)
 
     def interrupted(*args, **kwargs):
         original(*args, **kwargs)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prune_command, moment, interrupted)
+    monkeypatch.setattr(module, moment, interrupted)
     assert main(["prune", str(base), *PRUNE, "-o", str(tmp_path / "sub" / "out")]) == 130
     assert files(tmp_path) == set()
     assert "interrupted" in capsys.readouterr().err
+
+
+def ours(stderr: str) -> list[str]:
+    """Without what torchao says when transformers imports it on a machine that its binaries were not built for."""
+    return [line for line in stderr.splitlines() if "torchao" not in line and "_pytree" not in line]
 
 
 def test_in_its_own_process(base, tmp_path):
@@ -345,9 +351,9 @@ def test_in_its_own_process(base, tmp_path):
     done = run("evaluate", str(base), *EVALUATE)
     assert done.returncode == 0, done.stderr
     assert "perplexity" in done.stdout
-    assert done.stderr == ""
+    assert ours(done.stderr) == []
     failed = run("evaluate", str(tmp_path / "none"))
     assert failed.returncode == 2
     assert failed.stdout == ""
-    assert failed.stderr.startswith("error: model")
-    assert failed.stderr.count("\n") == 1
+    (line,) = ours(failed.stderr)
+    assert line.startswith("error: model")

@@ -16,7 +16,8 @@ from patch_compiler.masks import INVALID_CODE, codes_of_mask
 from patch_compiler.tile_map import TileKind, TileMap
 from tests.strategies import random_weight, same_bits, tile_maps
 
-ALL = sorted(METHODS)
+ALL = sorted(name for name, method in METHODS.items() if method.needs != "training")  # the others: test_proxsparse.py
+COMPENSATING = sorted(name for name, method in METHODS.items() if method.needs == "hessian")
 
 
 def correlated_inputs(tokens: int, features: int) -> Tensor:
@@ -50,7 +51,7 @@ def test_masks_follow_the_tile_map(method: str, tile_map: TileMap, seed: int) ->
     assert pruned.weight.dtype == torch.bfloat16
     dropped = pruned.weight[~pruned.keep]
     assert same_bits(dropped, torch.zeros_like(dropped))  # +0.0, never -0.0
-    if method != "sparsegpt":
+    if method not in COMPENSATING:
         assert same_bits(pruned.weight[pruned.keep], weight[pruned.keep])
 
 
@@ -102,7 +103,7 @@ def test_same_bits_every_time(method: str) -> None:
     assert same_bits(first.weight, second.weight)
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", ["wanda", *COMPENSATING])
 def test_missing_statistics_are_refused(method: str) -> None:
     with pytest.raises(ValueError, match=f"{method} needs"):
         METHODS[method].prune_unstructured(torch.rand(4, 4), None, 8)
@@ -204,13 +205,14 @@ def test_error_moves_into_dense_tiles_to_the_right_only() -> None:
     assert not bool((pruned.weight[:, 32:] == weight[:, 32:]).any())
 
 
-def test_dead_inputs_are_dropped_first_and_dense_tiles_keep_them() -> None:
+@pytest.mark.parametrize("method", COMPENSATING)
+def test_dead_inputs_are_dropped_first_and_dense_tiles_keep_them(method: str) -> None:
     x = correlated_inputs(200, 64)
     x[:, [1, 8, 9, 10, 40]] = 0.0
     weight = torch.randn(32, 64)
     tile_map = TileMap.from_dense((32, 64), torch.tensor([[False, True]]), 32)
-    pruned = METHODS["sparsegpt"].prune_tiles(weight, statistics_of(x), tile_map)
-    assert pruned.method == "sparsegpt"
+    pruned = METHODS[method].prune_tiles(weight, statistics_of(x), tile_map)
+    assert pruned.method == method
     assert not bool((codes_of_mask(pruned.keep[:, :32]) == INVALID_CODE).any())  # three dead of four: still two kept
     assert not bool(pruned.keep[:, 1].any())
     assert bool((pruned.keep[:, [8, 9, 10]].sum(1) == 1).all())
@@ -218,21 +220,23 @@ def test_dead_inputs_are_dropped_first_and_dense_tiles_keep_them() -> None:
     assert bool(pruned.weight.isfinite().all())
 
 
-def test_inputs_that_are_all_dead() -> None:
+@pytest.mark.parametrize("method", COMPENSATING)
+def test_inputs_that_are_all_dead(method: str) -> None:
     tile_map = TileMap.full((8, 16), TileKind.SPARSE24, 8)
-    pruned = METHODS["sparsegpt"].prune_tiles(torch.randn(8, 16), statistics_of(torch.zeros(5, 16)), tile_map)
+    pruned = METHODS[method].prune_tiles(torch.randn(8, 16), statistics_of(torch.zeros(5, 16)), tile_map)
     assert isinstance(pruned.mask, HardMask)
     assert bool(pruned.weight.isfinite().all())
 
 
+@pytest.mark.parametrize("method", COMPENSATING)
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
-def test_fewer_tokens_than_inputs(scale: float) -> None:
+def test_fewer_tokens_than_inputs(method: str, scale: float) -> None:
     """A singular Hessian of any size is what damping is for."""
     x = correlated_inputs(10, 160) * scale**0.5
     tile_map = TileMap.full((16, 160), TileKind.SPARSE24, 32)
     weight = torch.randn(16, 160)
-    pruned = METHODS["sparsegpt"].prune_tiles(weight, statistics_of(x), tile_map)
-    assert pruned.method == "sparsegpt"
+    pruned = METHODS[method].prune_tiles(weight, statistics_of(x), tile_map)
+    assert pruned.method == method
     assert output_error(x, weight, pruned.weight) < output_error(x, weight, torch.where(pruned.keep, weight, 0.0))
 
 
@@ -253,25 +257,27 @@ def test_damping_grows_until_the_hessian_is_positive_definite() -> None:
     check_against_obs(weight, statistics, pruned.weight, pruned.keep, step=4, damping=0.1)
 
 
-def test_a_hopeless_hessian_falls_back_to_wanda() -> None:
+@pytest.mark.parametrize("method", COMPENSATING)
+def test_a_hopeless_hessian_falls_back_to_wanda(method: str) -> None:
     weight, tile_map = torch.randn(8, 32), TileMap.full((8, 32), TileKind.SPARSE24, 8)
     statistics = InputStatistics(1, torch.rand(32), hessian_with_lowest_eigenvalue(-3.0))
     wanda = METHODS["wanda"]
     got, expected = (
-        METHODS["sparsegpt"].prune_tiles(weight, statistics, tile_map),
+        METHODS[method].prune_tiles(weight, statistics, tile_map),
         wanda.prune_tiles(weight, statistics, tile_map),
     )
     assert got.method == expected.method == "wanda"
     assert same_bits(got.weight, expected.weight)
-    got = METHODS["sparsegpt"].prune_unstructured(weight, statistics, 100)
+    got = METHODS[method].prune_unstructured(weight, statistics, 100)
     assert got.method == "wanda"
     assert int((~got.keep).sum()) == 100
 
 
-def test_an_update_that_overflows_float16_is_not_written() -> None:
+@pytest.mark.parametrize("method", COMPENSATING)
+def test_an_update_that_overflows_float16_is_not_written(method: str) -> None:
     """Columns that nearly repeat take over each other's weight; near the end of float16 that overflows."""
     x = torch.randn(500, 1).expand(500, 8) + 1e-3 * torch.randn(500, 8)
     weight = torch.full((4, 8), 60000.0, dtype=torch.float16)
-    pruned = METHODS["sparsegpt"].prune_tiles(weight, statistics_of(x), TileMap.full((4, 8), TileKind.SPARSE24, 8))
+    pruned = METHODS[method].prune_tiles(weight, statistics_of(x), TileMap.full((4, 8), TileKind.SPARSE24, 8))
     assert bool(pruned.weight.isfinite().all())
     assert pruned.method == "wanda"

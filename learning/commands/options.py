@@ -14,7 +14,7 @@ import torch
 from patch_compiler.tile_map import normalize_tile
 
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-MODEL_HELP = "hub id, local directory, .gguf file, or a directory written by `prune`"
+MODEL_HELP = "hub id, local directory, .gguf file, or a directory written by `prune` or `learn`"
 
 
 def add_dtype_and_device(parser: argparse.ArgumentParser) -> None:

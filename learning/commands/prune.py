@@ -3,41 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
-import json
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from patch_compiler.atomic import atomic_directory
-from patch_compiler.hf import export_dense, save_compressed
-from patch_compiler.module import PatchLinear, convert
-from patch_compiler.text_table import human_bytes, table
 from patch_compiler.tile_map import DEFAULT_TILE
 
+from ..budget import Budget
 from ..data import describe_source, token_windows
-from ..models import PRUNING_RECORD, LoadedModel, check_context, is_compressed, load_model
+from ..models import check_context, load_model
 from ..one_shot import METHODS
-from ..prune import PATTERNS, PruneResult, prune
-from ..prune_checks import check_request
-from .options import (
-    DTYPES,
-    add_dtype_and_device,
-    add_quiet,
-    check_new_directory,
-    default_device,
-    positive,
-    regex,
-    tile,
-    versions,
-)
+from ..one_shot.proxsparse_training import ProxSparseTraining
+from ..prune import PATTERNS, prune
+from ..prune_checks import check_request, checked_linears
+from .budget_options import add_budget, budget_of
+from .options import DTYPES, add_dtype_and_device, add_quiet, default_device, positive, regex, tile
+from .pruned_output import PrunedOutput, check_places
 
 DEFAULT_SPARSITY = 0.35
-_ONLY_IN_RECORD = ("layers", "bytes", "seconds", "finished")  # artifacts of the same run are the same
 
 
 def add_parser(commands: Any) -> None:
@@ -54,6 +42,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--sparsity", type=float, help=f"zeros / weights over the pruned layers, default {DEFAULT_SPARSITY}; 2:4 is always 0.5"
     )
+    add_budget(parser)
     parser.add_argument("--tile", type=tile, default=DEFAULT_TILE, help="tile size, 128 (default) or rows x columns as 128x64")
     parser.add_argument("--include", type=regex, metavar="REGEX", help="prune only layers whose path matches, such as mlp")
     parser.add_argument("--exclude", type=regex, metavar="REGEX", help="leave layers whose path matches dense")
@@ -66,6 +55,12 @@ def add_parser(commands: Any) -> None:
     calibration.add_argument("--samples", type=positive, default=128, help="windows, default 128")
     calibration.add_argument("--context", type=positive, default=2048, help="tokens in a window, default 2048")
     calibration.add_argument("--seed", type=int, default=0, help="which windows of the text; default 0")
+    training = parser.add_argument_group("training (proxsparse only)")
+    training.add_argument("--lr", type=float, help="peak learning rate, default 1e-4")
+    training.add_argument(
+        "--penalty", type=float, help="λ of the proximal step; default 0.005 / root mean square of the pruned weights"
+    )
+    training.add_argument("--steps", type=positive, help="of the optimiser, one window each; default: once over all windows")
     parser.add_argument("-o", "--output", metavar="OUT", type=Path, required=True, help="directory to write")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is an earlier output of prune")
     add_dtype_and_device(parser)
@@ -83,6 +78,7 @@ def run(args: argparse.Namespace) -> None:
     if METHODS[args.method].needs != "nothing":
         check_context(model, args.context)
         windows = token_windows(loaded.tokenizer, args.calibration, args.context, args.samples, args.seed)
+    training = _training(args, model, windows)
     print(f"{loaded.name}{f' ({loaded.note})' if loaded.note else ''}, {str(model.dtype).removeprefix('torch.')}")
     print(
         "calibration: "
@@ -92,45 +88,48 @@ def run(args: argparse.Namespace) -> None:
             else "none"
         )
     )
+    if training is not None:
+        print(f"training: {training.steps} steps, learning rate {training.lr:g}, penalty {training.penalty:.4g}")
     result = prune(
-        model, windows, method=args.method, pattern=args.pattern, sparsity=args.sparsity, tile=args.tile, include=args.include,
-        exclude=args.exclude, device=default_device(args.device), progress=not args.quiet,
+        model, windows, method=args.method, pattern=args.pattern, sparsity=_sparsity(args), tile=args.tile,
+        include=args.include, exclude=args.exclude, training=training, device=default_device(args.device),
+        progress=not args.quiet,
     )  # fmt: skip
-    dense = {layer.name: model.get_submodule(layer.name).weight.nbytes for layer in result.layers}
-    stored = dict(dense)
-    if result.masks:
-        convert(model, result.masks)
-        stored |= {name: module.packed.nbytes for name, module in model.named_modules() if isinstance(module, PatchLinear)}
-    record = _record(args, loaded, windows, result, dense, stored, time.perf_counter() - start)
-    with atomic_directory(args.output) as partial:
-        if result.masks:
-            provenance = {key: value for key, value in record.items() if key not in _ONLY_IN_RECORD}
-            save_compressed(model, partial, loaded.tokenizer, provenance)
-        else:
-            export_dense(model, partial, loaded.tokenizer)
-        (partial / PRUNING_RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    _show(args, result, dense, stored)
+    output = PrunedOutput(loaded, result)
+    output.write(args.output, _settings(args, windows, training), time.perf_counter() - start)
+    output.show(args.output)
 
 
 def _check(args: argparse.Namespace) -> None:
     """What can be wrong is said before hours of work."""
+    if args.pattern != "hybrid" and (args.per_layer or args.budget):
+        raise ValueError("--per-layer and --budget choose dense tiles: they are for --pattern hybrid")
+    _sparsity(args)
     check_request(args.method, args.pattern, args.sparsity, torch.empty(0), None)  # there will be windows
-    check_new_directory(args.output, PRUNING_RECORD, args.overwrite)
-    if Path(args.model).expanduser().resolve() == args.output.resolve():
-        raise ValueError(f"output {args.output}: is the model itself; name another directory")
-    if is_compressed(args.model):
-        raise ValueError(f"model {args.model!r} is pruned and packed already; prune the dense model it was made from")
+    given = _training_options(args)
+    if given and METHODS[args.method].needs != "training":
+        raise ValueError(f"{', '.join(f'--{name}' for name in given)}: only proxsparse trains, not {args.method}")
+    ProxSparseTraining(**({"lr": 1.0, "penalty": 1.0, "steps": 1} | given))  # refuses bad values
+    check_places(args.model, args.output, args.overwrite)
 
 
-def _record(
-    args: argparse.Namespace,
-    loaded: LoadedModel,
-    windows: Tensor | None,
-    result: PruneResult,
-    dense: dict[str, int],
-    stored: dict[str, int],
-    seconds: float,
-) -> dict[str, Any]:
+def _sparsity(args: argparse.Namespace) -> float | Budget | None:
+    return budget_of(args, args.sparsity) if args.pattern == "hybrid" else args.sparsity
+
+
+def _training_options(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name in ("lr", "penalty", "steps") if (value := getattr(args, name)) is not None}
+
+
+def _training(args: argparse.Namespace, model: nn.Module, windows: Tensor | None) -> ProxSparseTraining | None:
+    """How proxsparse will train, None for other methods."""
+    if METHODS[args.method].needs != "training" or windows is None:
+        return None
+    default = ProxSparseTraining.default(checked_linears(model, args.include, args.exclude), windows)
+    return dataclasses.replace(default, **_training_options(args))
+
+
+def _settings(args: argparse.Namespace, windows: Tensor | None, training: ProxSparseTraining | None) -> dict[str, Any]:
     calibration = None
     if windows is not None:
         calibration = {
@@ -138,55 +137,11 @@ def _record(
             "tokens_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
         }  # fmt: skip
     return {
-        "format": "patch-pruning",
-        "version": 1,
-        "model": loaded.name,
-        "model_note": loaded.note,
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "method": result.method,
-        "pattern": result.pattern,
-        "tile": None if result.pattern == "unstructured" else list(result.tile),
-        "target_sparsity": result.target,
-        "sparsity": result.sparsity,
+        "per_layer": args.per_layer,
+        "budgets": [list(rule) for rule in args.budget],
         "include": args.include,
         "exclude": args.exclude,
         "calibration": calibration,
+        "training": dataclasses.asdict(training) if training is not None else None,
         "device": default_device(args.device).type,
-        "seconds": round(seconds, 1),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
-        "bytes": {"dense": sum(dense.values()), "stored": sum(stored.values())},
-        "layers": [
-            {
-                "name": layer.name,
-                "shape": list(layer.shape),
-                "zeros": layer.zeros,
-                "sparsity": layer.sparsity,
-                "method": layer.method,
-                "dense_tiles": layer.dense,
-                "sparse24_tiles": layer.sparse24,
-                "bytes": stored[layer.name],
-            }
-            for layer in result.layers
-        ],
     }
-
-
-def _show(args: argparse.Namespace, result: PruneResult, dense: dict[str, int], stored: dict[str, int]) -> None:
-    tiles = bool(result.masks)
-    rows: list[tuple[object, ...]] = []
-    for layer in result.layers:
-        kinds = (f"{layer.dense}/{layer.sparse24}",) if tiles else ()
-        size = (human_bytes(stored[layer.name]),) if tiles else ()
-        rows.append((layer.name, f"{layer.shape[0]}x{layer.shape[1]}", *kinds, f"{layer.sparsity:.2%}", *size))
-    before, total = sum(dense.values()), sum(stored.values())
-    kinds = (f"{sum(x.dense for x in result.layers)}/{sum(x.sparse24 for x in result.layers)}",) if tiles else ()
-    size = (human_bytes(total),) if tiles else ()
-    rows.append((f"total, {len(result.layers)} layers", "", *kinds, f"{result.sparsity:.2%}", *size))
-    columns = ("layer", "shape", *(("dense/2:4 tiles",) if tiles else ()), "sparsity", *(("bytes",) if tiles else ()))
-    print(table(rows, columns))
-    print(f"sparsity {result.sparsity:.4%} ({result.zeros:,} of {result.weights:,} weights), asked for {result.target:.4%}")
-    if tiles:
-        print(f"pruned linears: {total:,} bytes, {total / before:.3f} of dense ({before:,} bytes)")
-    print(f"wrote {args.output}")
-    print(f"next: python -m learning evaluate {args.output}")

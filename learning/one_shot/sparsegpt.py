@@ -1,8 +1,7 @@
 """SparseGPT (arXiv 2301.00774): prune column by column and let the columns to the right make up for the error.
 
-Hessian H = 2/n Σ x xᵀ of the layer's squared output error, damped; U the upper Cholesky factor of H⁻¹. Dropping w_ij costs
-w_ij² / U_jj² and moves the rest of the row by -w_ij / U_jj · U_j,j+1:. Choices are made on weights that already carry
-the compensation of all columns to the left.
+U is the upper Cholesky factor of the inverse Hessian (`hessian.py`). Dropping w_ij costs w_ij² / U_jj² and moves the rest of
+the row by -w_ij / U_jj · U_j,j+1:. Choices are made on weights that already carry the compensation of all columns to the left.
 """
 
 from __future__ import annotations
@@ -18,15 +17,12 @@ from patch_compiler.masks import expand_codes, select_24
 from patch_compiler.tile_map import GROUP, TileKind, TileMap
 
 from ..budget import split_exactly
-from ..statistics import InputStatistics, full_precision
+from ..statistics import InputStatistics
 from . import wanda
+from .hessian import compensated
 from .selection import Pruned, lowest
 
 BLOCK = 128  # columns that are compensated one by one before the rest of the matrix is, in one product
-
-# (damping as a part of the mean diagonal, precision of the factor). Cholesky fails in the wild even at 0.1 in float32
-# (llm-compressor#142, #1069); float64 mends rounding without damping away what the Hessian knows, so it comes first.
-LADDER = ((0.01, torch.float32), (0.01, torch.float64), (0.1, torch.float64), (1.0, torch.float64))
 
 # (columns of the block [M, c], U_jj [c], first column) -> bool [M, c], True for what stays
 Chooser = Callable[[Tensor, Tensor, int], Tensor]
@@ -47,10 +43,12 @@ def prune_tiles(weight: Tensor, statistics: InputStatistics | None, tile_map: Ti
         kind = kinds[:, group : group + 1]
         return (pattern | (kind == int(TileKind.DENSE))) & (kind != int(TileKind.ZERO))
 
-    compensated = _prune(weight, statistics, GROUP, choose)
-    if compensated is None:
+    found = compensated(
+        weight, statistics, "sparsegpt", lambda factor, dead: compensate(weight.float(), factor, dead, GROUP, choose)
+    )
+    if found is None:
         return wanda.prune_tiles(weight, statistics, tile_map)
-    return Pruned(*compensated, HardMask(tile_map, codes), "sparsegpt")
+    return Pruned(*found, HardMask(tile_map, codes), "sparsegpt")
 
 
 def prune_unstructured(weight: Tensor, statistics: InputStatistics | None, zeros: int) -> Pruned:
@@ -63,45 +61,15 @@ def prune_unstructured(weight: Tensor, statistics: InputStatistics | None, zeros
         score = (columns / diagonal).square()
         return ~lowest(score.reshape(1, -1), shares[start // BLOCK]).view(score.shape)
 
-    compensated = _prune(weight, statistics, BLOCK, choose)
-    if compensated is None:
+    found = compensated(
+        weight, statistics, "sparsegpt", lambda factor, dead: compensate(weight.float(), factor, dead, BLOCK, choose)
+    )
+    if found is None:
         return wanda.prune_unstructured(weight, statistics, zeros)
-    return Pruned(*compensated, None, "sparsegpt")
+    return Pruned(*found, None, "sparsegpt")
 
 
-def _prune(weight: Tensor, statistics: InputStatistics | None, step: int, choose: Chooser) -> tuple[Tensor, Tensor] | None:
-    """(updated weight, keep), or None if every rung of the ladder fails."""
-    if statistics is None or statistics.hessian is None:
-        raise ValueError("sparsegpt needs the Hessian of the layer's inputs")
-    hessian = statistics.hessian.to(weight.device)
-    dead = hessian.diagonal() == 0  # inputs that are always zero: their weights cost nothing and are dropped first
-    with full_precision():
-        for damping, precision in LADDER:
-            factor = _inverse_factor(hessian, dead, damping, precision)
-            if factor is None:
-                continue
-            updated, keep = _compensate(weight.float(), factor, dead, step, choose)
-            updated = updated.to(weight.dtype)
-            if bool(updated.isfinite().all()):
-                return updated, keep
-    return None
-
-
-def _inverse_factor(hessian: Tensor, dead: Tensor, damping: float, precision: torch.dtype) -> Tensor | None:
-    """U [K, K] float32, upper, with Uᵀ U = H⁻¹; None if H is not positive definite."""
-    damped = 2 * hessian.to(precision)
-    diagonal = damped.diagonal()  # a view
-    mean = diagonal[~dead].mean() if not bool(dead.all()) else diagonal.new_ones(())
-    diagonal += damping * mean
-    lower, failed = torch.linalg.cholesky_ex(damped)
-    if int(failed):
-        return None
-    factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    factor = factor.float()
-    return factor if not int(failed) and bool(factor.isfinite().all()) and bool((factor.diagonal() > 0).all()) else None
-
-
-def _compensate(weight: Tensor, factor: Tensor, dead: Tensor, step: int, choose: Chooser) -> tuple[Tensor, Tensor]:
+def compensate(weight: Tensor, factor: Tensor, dead: Tensor, step: int, choose: Chooser) -> tuple[Tensor, Tensor]:
     """(weight after all updates, +0.0 where dropped; keep). weight: float32 [M, K]; `choose` is asked every `step` columns."""
     weight = weight.clone()
     keep = torch.ones_like(weight, dtype=torch.bool)

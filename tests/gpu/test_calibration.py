@@ -46,7 +46,7 @@ def test_peak_memory_is_about_one_block() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "thanos"])
 def test_where_the_model_lies_changes_nothing(family: str, method: str) -> None:
     model, windows = tiny_model(family), torch.randint(128, (4, 24))
     there = copy.deepcopy(model).cuda()

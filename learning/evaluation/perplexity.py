@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .models import check_context
+from ..models import check_context
+
+CONTEXT = 4096  # of the WikiText-2 perplexities that PATCH, MaskLLM and SLiM publish
 
 _ROWS = 512  # tokens whose log-softmax is taken in fp32 at once
 _BATCH_TOKENS = 2048  # short windows are run together up to this many tokens
@@ -54,15 +56,18 @@ def perplexity(
 
     model: returns logits [batch, T, vocabulary] or a transformers output that has them; compiled or not. It runs where its
     parameters are, in its own dtype, in eval mode; its mode is restored afterwards.
-    token_ids: integers [tokens], cut into windows of `context` (default 2048; the last may be shorter), or windows
-    [count, context]. stride: None or `context` for packed windows; fewer for windows that slide by so many tokens
-    (Press et al., 2021: arXiv 2012.15409), which costs context / stride times as much and gives each token more context.
+    token_ids: integers [tokens], cut into windows of `context` (the last may be shorter), or windows [count, context].
+    context: default 4096, the published numbers', or the model's positions if they are fewer.
+    stride: None or `context` for packed windows; fewer for windows that slide by so many tokens (Press et al., 2021:
+    arXiv 2012.15409), which costs context / stride times as much and gives each token more context.
 
     Raises ValueError for windows that do not fit the tokens or the model, tokens outside its vocabulary, non-finite logits.
     """
+    if context is None and token_ids.dim() == 1:
+        context = _default_context(model)
     rows, windows, context, stride = _plan(token_ids, context, stride)
     check_context(model, context)
-    _check_vocabulary(model, rows)
+    check_vocabulary(model, rows)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     options = {"use_cache": False} if hasattr(model, "config") else {}
     total, scored, was_training = 0.0, 0, model.training
@@ -78,11 +83,17 @@ def perplexity(
                 scored += window.end - window.scored_from
             del output, logits
             bar.update(len(batch))
-            bar.set_postfix(ppl=f"{_exp(total / scored):.3f}", refresh=False)
+            bar.set_postfix(ppl=f"{perplexity_of(total / scored):.3f}", refresh=False)
     finally:
         bar.close()
         model.train(was_training)
-    return Perplexity(_exp(total / scored), total / scored, scored, context, stride, len(windows))
+    return Perplexity(perplexity_of(total / scored), total / scored, scored, context, stride, len(windows))
+
+
+def _default_context(model: nn.Module) -> int:
+    config = getattr(model, "config", None)
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) if config is not None else None
+    return CONTEXT if limit is None else min(CONTEXT, limit)
 
 
 def _plan(token_ids: Tensor, context: int | None, stride: int | None) -> tuple[Tensor, list[_Window], int, int | None]:
@@ -96,7 +107,7 @@ def _plan(token_ids: Tensor, context: int | None, stride: int | None) -> tuple[T
         context = token_ids.shape[1]
         if stride not in (None, context):
             raise ValueError(f"stride {stride}: ready-made windows [count, context] do not slide; give the tokens as one row")
-    context = 2048 if context is None else context
+    assert context is not None  # one row of tokens has got its default
     if context < 2:
         raise ValueError(f"a context of {context} tokens: perplexity needs at least 2")
     if stride is not None and not 1 <= stride <= context:
@@ -140,11 +151,13 @@ def _nll(logits: Tensor, ids: Tensor, first: int, window: _Window) -> float:
     return total
 
 
-def _exp(nll: float) -> float:
+def perplexity_of(nll: float) -> float:
+    """exp(nll), nll in nats; infinite where a float ends."""
     return math.exp(nll) if nll < 700 else math.inf
 
 
-def _check_vocabulary(model: nn.Module, ids: Tensor) -> None:
+def check_vocabulary(model: nn.Module, ids: Tensor) -> None:
+    """Raises ValueError for token ids [any shape] outside the model's vocabulary."""
     config = getattr(model, "config", None)
     size = getattr(config.get_text_config(decoder=True), "vocab_size", None) if config is not None else None
     low, high = int(ids.min()), int(ids.max())

@@ -1,0 +1,178 @@
+"""Every method of the field on one real model, on one footing: perplexity on text that none of them saw.
+
+    python -m benchmarks.quality.study TEXTS OUT [--budget SECONDS] [--steps 300] [--only REGEX]
+
+TEXTS: what `benchmarks.quality.texts` wrote. OUT: a JSON file; rows that it already has are not made again, so a study goes on
+where its last call's budget ended. All calibrate on the same windows and learn from the same text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.demo_model import demo_model
+from benchmarks.provenance import provenance, write_results
+from learning.calibration import Calibration, calibrate
+from learning.evaluation.perplexity import perplexity
+from learning.models import load_model
+from learning.prune import prune
+from learning.soft_masks.learned_masks import LearnedMasks
+from learning.soft_masks.priors import find_start
+from learning.token_file import TokenFile
+from learning.training.loop import train
+from patch_compiler.hard_mask import HardMask
+
+from .rows import Row, learn_config, rows
+from .three_of_four import prune_three_of_four
+
+CALIBRATION_WINDOWS = 64
+
+
+class Study:
+    """The model, its texts, and what several rows share: one calibration, one 2:4 mask to start from."""
+
+    def __init__(self, texts: Path, device: torch.device, args: argparse.Namespace) -> None:
+        self.args, self.device, self.context = args, device, args.context
+        loaded = load_model(str(demo_model()), torch.bfloat16)
+        self.name, self.note = loaded.name, loaded.note
+        self.model: nn.Module = loaded.model.to(device)
+        self.train = TokenFile.of(_ids(texts / "train.npy"), self.context, "train")
+        self.heldout, self.development = _ids(texts / "heldout.npy"), _ids(texts / "development.npy")
+        if args.tokens is not None:
+            self.heldout, self.development = self.heldout[: args.tokens], self.development[: args.tokens]
+        self.windows = self.train.windows(torch.arange(CALIBRATION_WINDOWS) * (len(self.train) // CALIBRATION_WINDOWS))
+        self._calibration: Calibration | None = None
+        self._patterns: dict[str, HardMask] | None = None
+
+    @property
+    def calibration(self) -> Calibration:
+        if self._calibration is None:
+            self._calibration = calibrate(self.model, self.windows, progress=False)
+        return self._calibration
+
+    @property
+    def patterns(self) -> dict[str, HardMask]:
+        """Of SparseGPT, MaskLLM's best prior; for weights as they were."""
+        if self._patterns is None:
+            model = copy.deepcopy(self.model)
+            self._patterns = prune(model, self.windows, method="sparsegpt", pattern="2:4", progress=False).masks
+        return self._patterns
+
+    def measure(self, row: Row) -> dict[str, Any]:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        begin, before = time.perf_counter(), _peak(self.device)
+        model, more = self._made(row)
+        made = time.perf_counter() - begin
+        found = {
+            "name": row.name, "kind": row.kind, "method": row.method, "pattern": row.pattern, "sparsity": row.sparsity,
+            "tile": row.tile, "include": row.include, "seed": row.seed, "settings": [list(s) for s in row.settings],
+            **more, "seconds": round(made, 1), "peak_gb": round((_peak(self.device) - before) / 1e9, 2),
+        }  # fmt: skip
+        for what, ids in (("heldout", self.heldout), ("development", self.development)):
+            found[what] = round(perplexity(model, ids, self.context, progress=False).value, 4)
+        return found
+
+    def _made(self, row: Row) -> tuple[nn.Module, dict[str, Any]]:
+        if row.kind == "dense":
+            return self.model, {"reached": 0.0}
+        if row.kind == "three of four":
+            return prune_three_of_four(self.model, self.windows), {"reached": row.sparsity}
+        model = copy.deepcopy(self.model)
+        if row.kind == "one-shot":
+            needs = row.pattern == "hybrid" and row.method != "magnitude"
+            result = prune(
+                model, self.windows, method=row.method, pattern=row.pattern, tile=row.tile, include=row.include,
+                sparsity=None if row.pattern == "2:4" else row.sparsity, calibration=self.calibration if needs else None,
+                progress=False,
+            )  # fmt: skip
+            return model, {"reached": result.sparsity}
+        return self._learned(row, model)
+
+    def _learned(self, row: Row, model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+        args = self.args
+        config = learn_config(row, args.steps, args.batch, args.micro_batch, self.context)
+        start = find_start(
+            model, config, self.windows, masks=self.patterns, calibration=self.calibration, include=row.include, progress=False
+        )
+        masks = LearnedMasks(model, config, start, include=row.include)
+        with masks.hard():
+            first = perplexity(model, self.development, self.context, progress=False).value
+        result = train(model, masks, self.train, config, progress=sys.stderr.isatty(), validate_every=args.steps)
+        hardened, by_sign = masks.harden(), masks.harden(sign_rule=True)
+        with masks.hard(by_sign):
+            sign = perplexity(model, self.heldout, self.context, progress=False).value
+        used = by_sign if config.compat == "patch" else hardened  # PATCH's code hardens by sign and takes what comes
+        masks.apply(used)
+        weights = sum(m.tile_map.weights for m in used.masks.values())
+        return model, {
+            "reached": sum(m.tile_map.zeros for m in used.masks.values()) / weights,
+            "reached_by_sign": sum(m.tile_map.zeros for m in by_sign.masks.values()) / weights,
+            "moved_tiles": hardened.moved, "tiles": hardened.tiles, "start_development": round(first, 4),
+            "heldout_by_sign": round(sign, 4), "tokens": result.tokens, "train_seconds": round(result.seconds, 1),
+            "step_ms": round(1e3 * result.seconds / config.steps, 1), "loss": result.loss,
+        }  # fmt: skip
+
+
+def _ids(path: Path) -> Tensor:
+    return torch.from_numpy(np.load(path).astype(np.int64))
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality.study", description=(__doc__ or "").partition("\n\n")[0]
+    )
+    parser.add_argument("texts", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--budget", type=float, help="seconds after which no new row is begun")
+    parser.add_argument("--only", default="", help="rows whose name this regular expression finds")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=32, help="windows of a step")
+    parser.add_argument("--micro-batch", type=int, default=16)
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, help="of held-out text, to try things out; default all")
+    args = parser.parse_args()
+    begin = time.monotonic()
+    settings = {name: getattr(args, name) for name in ("steps", "batch", "micro_batch", "context", "tokens")}
+    record: dict[str, Any] = json.loads(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}
+    if record and record["settings"] != settings:
+        print(f"error: {args.output} was made with {record['settings']}, not {settings}", file=sys.stderr)
+        return 2
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    study = Study(args.texts, device, args)
+    record.setdefault("settings", settings)
+    record |= {"model": study.name, "note": study.note, "texts": json.loads((args.texts / "texts.json").read_text())}
+    made = {row["name"] for row in record.setdefault("rows", [])}
+    wanted = [row for row in rows() if re.search(args.only, row.name)]
+    for number, row in enumerate(wanted):
+        if row.name in made:
+            continue
+        if args.budget is not None and time.monotonic() - begin > args.budget:
+            print(f"the budget is spent; {len(wanted) - number} rows are left")
+            break
+        found = study.measure(row)
+        record["rows"].append(found)
+        facts = provenance("benchmarks.quality.study", [])
+        write_results(args.output, facts, {k: v for k, v in record.items() if k != "provenance"})
+        print(f"{found['name']:48} {found['heldout']:10.3f} {found['reached']:.4%} {found['seconds']:7.1f} s", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""Masks while they are learned: noise, soft samples, budgets, where learning begins."""

@@ -1,0 +1,1 @@
+"""The loop that learns masks, on one process or many."""

@@ -1,0 +1,276 @@
+"""The loop that learns masks: soft masks over frozen weights, AdamW on their logits, hardened at the end.
+
+    masks = LearnedMasks(model, config, start)
+    result = train(model, masks, tokens, config, validation=windows)
+    hardened = masks.harden()
+
+A step's gradient is the mean over config.batch windows. It is the same, up to rounding, for any number of processes; and, if
+config.shared_noise, for any micro-batch.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from patch_compiler.linears import decoder_blocks
+
+from ..blocks import check_windows, replaced_forward
+from ..models import check_context
+from ..soft_masks.learn_config import LearnConfig
+from ..soft_masks.learned_masks import LearnedMasks
+from ..token_file import TokenFile
+from . import state as training_state
+from .distributed import Ranks, share_out_trained
+from .log import TrainingLog, check_loggers
+from .next_token_loss import first_not_finite, mean_loss, next_token_loss
+from .optimizer import LearnedOptimizer, check_optimizer
+from .stop_request import Stopped, StopRequest
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Perplexities after `step` steps. soft: with one sample of the masks. hard: with the masks exactly on budget.
+
+    sign_rule: with each tile by the sign of its logit, as it comes; None but at the end.
+    """
+
+    step: int
+    soft: float
+    hard: float
+    sign_rule: float | None = None
+
+
+@dataclass
+class TrainResult:
+    """tokens: seen in this call, by all processes. seconds: of this call. loss: of the last step, None if there was none."""
+
+    steps: int
+    tokens: int = 0
+    seconds: float = 0.0
+    loss: float | None = None
+    validations: list[Validation] = field(default_factory=list)
+
+
+def train(
+    model: nn.Module,
+    masks: LearnedMasks,
+    tokens: TokenFile,
+    config: LearnConfig,
+    *,
+    run: Path | None = None,
+    resume: bool = False,
+    validation: Tensor | None = None,
+    validate_every: int = 100,
+    save_every: int = 100,
+    ranks: Ranks | None = None,
+    progress: bool = True,
+    tensorboard: bool = False,
+    wandb: str | None = None,
+) -> TrainResult:
+    """Learn masks for config.steps steps. model: a causal LM on ranks.device, masked by `masks`.
+
+    run: directory for metrics and checkpoints, None: neither. resume: go on from its newest checkpoint, if it has one: bit for
+    bit where the device computes the same twice. validation: windows int64 [count, context] to measure perplexity on.
+    ranks: of `distributed.processes`, every process makes the same call. Where pattern logits are learned by several
+    processes, each keeps a part of them: the model is then good for nothing but `masks.harden()`.
+
+    Dropout is off. Gradients are recomputed block by block instead of kept.
+    Raises ValueError for settings that do not fit, naming the layer if a number is not finite; Stopped (a KeyboardInterrupt)
+    after SIGTERM, SIGINT or SIGUSR1, or if a file `stop` appears in `run`.
+    """
+    ranks = ranks or Ranks()
+    loop = _Loop(model, masks, tokens, config, run, validation, ranks)
+    if run is not None and ranks.first:
+        run.mkdir(parents=True, exist_ok=True)
+    found = ranks.gather(training_state.latest(run) if run is not None and ranks.first else None)[0]
+    if found is not None and not resume:
+        raise ValueError(f"run {run}: has a checkpoint of step {found.step}; resume it, or name another directory")
+    first = loop.prepare(found)
+    log = TrainingLog(
+        run if ranks.first else None, first, config.steps, progress=progress and ranks.first,
+        tensorboard=tensorboard and ranks.first, wandb=wandb if ranks.first else None, settings=config.as_json(),
+    )  # fmt: skip
+    with log, StopRequest(run if ranks.first else None) as request, recomputing(model):
+        return loop.run(first, log, request, validate_every, save_every)
+
+
+def check_run(config: LearnConfig, ranks: Ranks, tensorboard: bool = False, wandb: bool = False) -> None:
+    """What `train` would refuse without a look at model or text. Raises ValueError."""
+    together = config.micro_batch * ranks.world
+    if config.batch % together:
+        raise ValueError(
+            f"batch {config.batch}: not a multiple of {together}, which {ranks.world} processes with micro-batches of "
+            f"{config.micro_batch} take at once"
+        )
+    check_optimizer(config)
+    check_loggers(tensorboard, wandb)
+
+
+class _Loop:
+    def __init__(
+        self,
+        model: nn.Module,
+        masks: LearnedMasks,
+        tokens: TokenFile,
+        config: LearnConfig,
+        run: Path | None,
+        validation: Tensor | None,
+        ranks: Ranks,
+    ) -> None:
+        self.model, self.masks, self.tokens, self.config = model, masks, tokens, config
+        self.directory, self.validation, self.ranks = run, validation, ranks
+        check_run(config, self.ranks)
+        halves = [name for name, p in model.named_parameters() if p.dtype == torch.float16]
+        if halves:
+            raise ValueError(
+                f"{halves[0]} is float16, too coarse for a token's gradient: load the model in bfloat16 or float32"
+            )
+        if tokens.context != config.context:
+            raise ValueError(f"windows of {tokens.context} tokens and a context of {config.context}")
+        check_context(model, config.context)
+        check_windows(model, torch.tensor([[0, tokens.largest]]))
+        if validation is not None:
+            check_windows(model, validation)
+        self.sharded = config.mode != "tile" and ranks.world > 1
+
+    def prepare(self, found: training_state.Checkpoint | None) -> int:
+        """Completed steps."""
+        if found is not None:
+            training_state.check(found, self.config, self.tokens, self.ranks, self.sharded)
+            training_state.load_masks_state(found, self.masks)
+        if self.sharded:
+            share_out_trained(self.model, self.ranks)
+        self.optimizer = LearnedOptimizer(self.masks.parameters_to_train(), self.config, self.ranks)
+        if found is None:
+            return 0
+        training_state.load_optimizer_state(found, self.optimizer, self.ranks, self.sharded)
+        return found.step
+
+    def run(self, first: int, log: TrainingLog, request: StopRequest, validate_every: int, save_every: int) -> TrainResult:
+        config, begun = self.config, time.perf_counter()
+        result = TrainResult(first)
+        for step in range(first, config.steps):
+            start = time.perf_counter()
+            loss, norm, stop = self._gradients(step, request)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                self._explain(step, loss)
+            self.optimizer.step(step, norm)
+            done, seconds = step + 1, time.perf_counter() - start
+            result.steps, result.loss = done, loss
+            result.tokens += config.batch * config.context
+            log.step(done, self._values(step, loss, norm, seconds))
+            if done % validate_every == 0 or done == config.steps:
+                self._validate(result, log, last=done == config.steps)
+            stop = stop and done < config.steps
+            if self.directory is not None and (done % save_every == 0 or done == config.steps or stop):
+                training_state.save(
+                    self.directory, done, self.masks, self.optimizer, config, self.tokens, self.ranks, self.sharded
+                )
+            if stop:
+                raise Stopped(done, self.directory is not None)
+        if first == config.steps:  # resumed a run that had ended
+            self._validate(result, log, last=True)
+        self.masks.sample(config.steps, 0)  # hardening counts from the last scale
+        result.seconds = time.perf_counter() - begun
+        return result
+
+    # ---- one step
+
+    def _micro_batches(self, step: int) -> Iterator[tuple[int, Tensor]]:
+        """This process's (number in the whole batch, token ids)."""
+        config, ranks = self.config, self.ranks
+        order = self.tokens.order(step, config.batch, config.seed).split(config.micro_batch)
+        for number in range(ranks.rank, len(order), ranks.world):
+            yield number, self.tokens.windows(order[number]).to(ranks.device)
+
+    def _gradients(self, step: int, request: StopRequest) -> tuple[float, float, bool]:
+        """(loss, norm of the gradient, whether to stop), of all processes together; gradients lie in the optimizer."""
+        share = self.config.micro_batch / self.config.batch
+        total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        for number, ids in self._micro_batches(step):
+            self.masks.sample(step, number)
+            loss = next_token_loss(self.model, ids)
+            (loss * share).backward()
+            total += loss.detach() * share
+        penalty = self.masks.penalty(step)
+        if penalty is not None and self.ranks.first:
+            penalty.backward()
+        square = self.optimizer.collect()
+        asked = torch.tensor(float(request.asked), dtype=torch.float64, device=self.ranks.device)
+        found = self.ranks.sum_(torch.stack([total, square, asked])).tolist()
+        return found[0], math.sqrt(found[1]) if found[1] >= 0 else math.nan, found[2] > 0
+
+    def _values(self, step: int, loss: float, norm: float, seconds: float) -> dict[str, float]:
+        config = self.config
+        return {
+            "loss": loss, "gradient_norm": norm, "learning_rate": config.lr_at(step),
+            "soft_density": self.masks.soft_density(), "hard_density": self.masks.hard_density(),
+            "seconds": round(seconds, 4), "tokens_per_second": round(config.batch * config.context / seconds, 1),
+        }  # fmt: skip
+
+    def _explain(self, step: int, loss: float) -> None:
+        """Run the step's micro-batches again, forward and back, watching every layer. Always raises."""
+        self.optimizer.forget()
+        outputs, gradients = None, set[int]()
+        for number, ids in self._micro_batches(step):
+            self.masks.sample(step, number)
+            here = first_not_finite(self.model, ids)
+            if here is not None and outputs is None:
+                outputs = f"{here} is the first layer with an output that is not, in micro-batch {number}"
+            self.masks.sample(step, number)
+            self.masks.watch_gradients(gradients)
+            (next_token_loss(self.model, ids) * (self.config.micro_batch / self.config.batch)).backward()
+        backward = (
+            f"going back, {self.masks.layer_names[max(gradients)]} is the first layer whose is not" if gradients else None
+        )
+        told = [x for each in zip(*self.ranks.gather((outputs, backward)), strict=True) for x in each if x is not None]
+        what = f"the loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"
+        reason = told[0] if told else "every layer's output is: the learning rate or a reward may be too large"
+        raise ValueError(f"step {step}: {what}; all must be finite, and {reason}")
+
+    # ---- validation
+
+    def _validate(self, result: TrainResult, log: TrainingLog, last: bool) -> None:
+        if self.validation is None:
+            return
+        step = result.steps
+        self.masks.sample(step, 0)
+        soft = self._perplexity()
+        with self.masks.hard():
+            hard = self._perplexity()
+        sign_rule = None
+        if last:
+            with self.masks.hard(self.masks.harden(sign_rule=True)):
+                sign_rule = self._perplexity()
+        result.validations.append(Validation(step, soft, hard, sign_rule))
+        values = {"validation_soft": soft, "validation_hard": hard}
+        log.validation(step, values | ({"validation_sign_rule": sign_rule} if sign_rule is not None else {}))
+
+    def _perplexity(self) -> float:
+        assert self.validation is not None
+        return math.exp(min(mean_loss(self.model, self.validation, self.ranks), 700.0))
+
+
+@contextmanager
+def recomputing(model: nn.Module) -> Iterator[None]:
+    """Decoder blocks keep only their inputs for the backward pass; the model is in eval mode, so without dropout."""
+    modes = {module: module.training for module in model.modules()}
+    with ExitStack() as stack:
+        for module, mode in modes.items():
+            stack.callback(setattr, module, "training", mode)
+        model.eval()
+        for block in decoder_blocks(model)[1]:
+            # noise is drawn from counters, so no generator's state needs to be kept
+            again = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+            stack.enter_context(replaced_forward(block, again))
+        yield

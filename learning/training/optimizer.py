@@ -1,0 +1,109 @@
+"""AdamW over everything learned: gradients summed over the processes, clipped together, state only for a process's own part."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..soft_masks.learn_config import LearnConfig
+from .distributed import Ranks, local_part
+
+
+class LearnedOptimizer:
+    """groups: of `LearnedMasks.parameters_to_train()`, pattern logits possibly shared out over the processes.
+
+    bfloat16 logits under precision "compact" are rounded stochastically and have 8-bit state; the rounding's noise follows
+    from (seed, step, process). Raises ValueError if the package for that is missing.
+    """
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]], config: LearnConfig, ranks: Ranks) -> None:
+        self._config, self._ranks = config, ranks
+        self._learned: list[Tensor] = []
+        self._own: list[nn.Parameter] = []  # the local part of each, which is what the optimizers know
+        wide: list[dict[str, Any]] = []
+        compact: list[dict[str, Any]] = []
+        for group in groups:
+            own = [nn.Parameter(local_part(p.detach())) for p in group["params"]]
+            self._learned += group["params"]
+            self._own += own
+            narrow = config.precision == "compact" and own[0].dtype == torch.bfloat16
+            (compact if narrow else wide).append({**group, "params": own})
+        # the rate is set before every step
+        common: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+        fused = ranks.device.type == "cuda"  # else AdamW makes a temporary as large as all parameters
+        self._optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(wide, fused=fused, **common)] if wide else []
+        if compact:
+            self._optimizers.append(_adamw_8bit()(compact, bf16_stochastic_round=True, **common))
+
+    def collect(self) -> Tensor:
+        """Take the gradients over, summed over the processes. float64 scalar: this process's share of their squared norm.
+
+        Gradients of shared-out parameters come summed already.
+        """
+        square = torch.zeros((), dtype=torch.float64, device=self._ranks.device)
+        for learned, own in zip(self._learned, self._own, strict=True):
+            gradient = local_part(learned.grad) if learned.grad is not None else torch.zeros_like(own)
+            shared_out = isinstance(learned, DTensor)
+            if not shared_out and self._ranks.world > 1:
+                gradient = self._ranks.sum_(gradient.float()).to(own.dtype)
+            if shared_out or self._ranks.first:
+                square += torch.linalg.vector_norm(gradient, dtype=torch.float32).double().square().to(square.device)
+            own.grad, learned.grad = gradient, None
+        return square
+
+    def step(self, step: int, norm: float) -> None:
+        """One update. step: completed ones. norm: of the whole gradient, the root of `collect` summed over the processes."""
+        scale = self._config.clip / (norm + 1e-6)
+        if scale < 1:
+            torch._foreach_mul_([p.grad for p in self._own if p.grad is not None], scale)
+        rate = self._config.lr_at(step)
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
+        device = self._ranks.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(_mixed(self._config.seed, step, self._ranks.rank))
+            for optimizer in self._optimizers:
+                optimizer.step()
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop all gradients."""
+        for learned, own in zip(self._learned, self._own, strict=True):
+            learned.grad = own.grad = None
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        return [optimizer.state_dict() for optimizer in self._optimizers]
+
+    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
+        """Raises ValueError if they are of another set of parameters."""
+        if len(states) != len(self._optimizers):
+            raise ValueError(f"checkpoint: {len(states)} optimizer states, {len(self._optimizers)} are needed")
+        for optimizer, state in zip(self._optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+
+
+def _mixed(*numbers: int) -> int:
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "little") >> 1
+
+
+def check_optimizer(config: LearnConfig) -> None:
+    """Raises ValueError if a package that the settings need is missing."""
+    if config.precision == "compact" and config.mode != "tile":
+        _adamw_8bit()
+
+
+def _adamw_8bit() -> Any:
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError:
+        raise ValueError("precision 'compact' needs torchao; pip install 'patch-compiler[learn]', or use 'float32'") from None
+    return AdamW8bit

@@ -1,0 +1,139 @@
+"""Checkpoints of a mask-learning run: complete or not there, the last two of them, and all a run needs to go on bit for bit.
+
+    RUN/checkpoints/step-00000200/masks.safetensors    everything learned, and the fixed patterns
+                                  optimizer-0.pt       AdamW's state of each process
+                                  state.json           step, settings, which text, which versions
+
+Noise, schedules and the order of the text follow from the step: there is nothing of them to keep.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ..soft_masks.learn_config import LearnConfig
+from ..soft_masks.learned_masks import LearnedMasks
+from ..token_file import TokenFile
+from .distributed import Ranks, whole
+from .optimizer import LearnedOptimizer
+
+KEPT = 2
+_CHECKPOINTS, _STATE, _MASKS = "checkpoints", "state.json", "masks.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One that is complete. step: completed ones."""
+
+    path: Path
+    step: int
+    record: Mapping[str, Any]
+
+
+def latest(run: Path) -> Checkpoint | None:
+    """The newest checkpoint of a run, if it has one."""
+    found = sorted(run.glob(f"{_CHECKPOINTS}/step-*/{_STATE}"))
+    if not found:
+        return None
+    record = json.loads(found[-1].read_text(encoding="utf-8"))
+    return Checkpoint(found[-1].parent, record["step"], record)
+
+
+def save(
+    run: Path,
+    step: int,
+    masks: LearnedMasks,
+    optimizer: LearnedOptimizer,
+    config: LearnConfig,
+    tokens: TokenFile,
+    ranks: Ranks,
+    sharded: bool,
+) -> Path:
+    """Write a checkpoint after `step` steps; every process must call it. Older ones than the last two go."""
+    target = run / _CHECKPOINTS / f"step-{step:08d}"
+    partial = target.with_name(f".{target.name}.partial")
+
+    def prepare() -> None:
+        for unfinished in partial.parent.glob(".step-*.partial"):  # of a process that was killed
+            shutil.rmtree(unfinished, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    ranks.first_does(prepare)
+    state = {}
+    for name, tensor in masks.state_dict().items():
+        complete = whole(tensor)
+        if ranks.first:
+            state[name] = complete.cpu().contiguous()
+        del complete
+    if sharded or ranks.first:
+        torch.save(optimizer.state_dict(), partial / f"optimizer-{ranks.rank}.pt")
+    ranks.gather(None)  # all files are there
+
+    def finish() -> None:
+        save_file(state, partial / _MASKS)
+        record = {
+            "format": "patch-learning", "version": 1, "step": step, "config": config.as_json(), "text": tokens.digest,
+            "context": tokens.context, "processes": ranks.world, "sharded": sharded, "versions": _versions(ranks),
+        }  # fmt: skip
+        (partial / _STATE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        for file in (*partial.iterdir(), partial):
+            _flush(file)
+        shutil.rmtree(target, ignore_errors=True)  # the same step, saved before an interruption
+        os.replace(partial, target)
+        for old in sorted(target.parent.glob("step-*"))[:-KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    ranks.first_does(finish)
+    return target
+
+
+def check(found: Checkpoint, config: LearnConfig, tokens: TokenFile, ranks: Ranks, sharded: bool) -> None:
+    """Raises ValueError naming what a checkpoint was made with and is different now."""
+    then, now = found.record["config"], json.loads(json.dumps(config.as_json()))
+    differing = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+    if differing:
+        name = differing[0]
+        raise ValueError(f"checkpoint {found.path.name}: its {name} is {then.get(name)!r}, this run's {now.get(name)!r}")
+    if found.record["text"] != tokens.digest or found.record["context"] != tokens.context:
+        raise ValueError(f"checkpoint {found.path.name}: it was trained on other tokens than {tokens.name} gives now")
+    if (sharded or found.record["sharded"]) and found.record["processes"] != ranks.world:
+        raise ValueError(
+            f"checkpoint {found.path.name}: its optimizer state is shared out over {found.record['processes']} processes, "
+            f"this run has {ranks.world}"
+        )
+
+
+def load_masks_state(found: Checkpoint, masks: LearnedMasks) -> None:
+    """Before parameters are shared out."""
+    masks.load_state_dict(load_file(found.path / _MASKS))
+
+
+def load_optimizer_state(found: Checkpoint, optimizer: LearnedOptimizer, ranks: Ranks, sharded: bool) -> None:
+    path = found.path / f"optimizer-{ranks.rank if sharded else 0}.pt"
+    # on the CPU: AdamW moves its large tensors itself, and its counters have to stay there
+    optimizer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+
+def _versions(ranks: Ranks) -> dict[str, str]:
+    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else platform.machine()
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "device": device}
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:  # some network mounts cannot
+        pass
+    finally:
+        os.close(handle)

@@ -1,0 +1,64 @@
+"""A tiny model whose masks are learned in a few steps, alike in every process that asks for it with the same arguments."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from learning.budget import Budget
+from learning.soft_masks.learn_config import LearnConfig
+from learning.soft_masks.learned_masks import LearnedMasks
+from learning.soft_masks.priors import find_start
+from learning.token_file import TokenFile
+from learning.training.distributed import whole
+from learning.training.loop import TrainResult, train
+
+from .tiny import tiny_llama
+
+CONTEXT = 16
+TINY = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+
+
+class Run:
+    """model, masks, tokens and config of a run; the same bits for the same arguments. model: changes of its shape."""
+
+    def __init__(self, mode: str = "tile", seed: int = 0, model: dict[str, int] | None = None, **changes: Any) -> None:
+        settings = {"tile": 16, "steps": 6, "batch": 4, "micro_batch": 1, "context": CONTEXT, "lr": 0.02, "warmup": 1}
+        budget = Budget(0.5 if mode == "maskllm" else 0.3)
+        self.config = LearnConfig.published(mode, budget, seed=seed, **(settings | changes))  # type: ignore[arg-type]
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.model = tiny_llama(**(TINY | (model or {})))
+            self.tokens = TokenFile.of(torch.randint(0, 300, (60 * CONTEXT,)), CONTEXT)
+            self.validation = torch.randint(0, 300, (5, CONTEXT))
+        start = find_start(self.model, self.config, self.validation, pattern_method="magnitude", progress=False)
+        self.masks = LearnedMasks(self.model, self.config, start)
+
+    def train(self, run: Path | None = None, **options: Any) -> TrainResult:
+        return train(self.model, self.masks, self.tokens, self.config, run=run, **({"progress": False} | options))
+
+    def learned(self) -> dict[str, Tensor]:
+        return {name: whole(tensor).clone() for name, tensor in self.masks.state_dict().items()}
+
+
+def start(work: Callable[..., None], *arguments: Any) -> Any:
+    """A process that does some work, a function of a test module; what it imports is imported once for all such processes."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    process = context.Process(target=_alone, args=(work, *arguments))
+    process.start()
+    return process
+
+
+def _alone(work: Callable[..., None], *arguments: Any) -> None:
+    torch.set_num_threads(1)
+    work(*arguments)
+
+
+def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())

@@ -1,0 +1,185 @@
+"""Interrupted and resumed, a run ends with the bits of an undisturbed one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from learning.training import state as training_state
+from learning.training.stop_request import STOP_FILE, Stopped
+
+from .learning_runs import Run, same_bits, start
+
+
+@pytest.fixture(scope="module")
+def seed() -> int:
+    return torch.initial_seed() % 2**31
+
+
+@cache
+def undisturbed(mode: str, seed: int) -> tuple[Run, float | None]:
+    run = Run(mode, seed)
+    return run, run.train().loss
+
+
+def stop_in_step(run: Run, step: int, how) -> None:
+    """`how` is called in the middle of the step, which counts from 0."""
+    original = run.masks.sample
+
+    def sample(now: int, number: int) -> None:
+        if now == step and number == 1:
+            how()
+        original(now, number)
+
+    run.masks.sample = sample  # type: ignore[method-assign]
+
+
+def steps_of(directory: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def killed_in_the_fourth_step(directory: Path, seed: int) -> None:
+    run = Run("joint", seed)
+    stop_in_step(run, 3, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    run.train(directory, save_every=2)
+
+
+def test_killed_it_goes_on_bit_for_bit(tmp_path, seed):
+    """SIGKILL in the fourth step, the last checkpoint after the second; half a checkpoint and half a line are left over."""
+    process = start(killed_in_the_fourth_step, tmp_path, seed)
+    process.join(200)
+    assert process.exitcode == -signal.SIGKILL
+    assert steps_of(tmp_path) == [1, 2, 3]
+    (tmp_path / "checkpoints" / ".step-00000004.partial").mkdir()
+    (tmp_path / "checkpoints" / ".step-00000004.partial" / "masks.safetensors").write_bytes(b"half")
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')
+
+    resumed = Run("joint", seed)
+    result = resumed.train(tmp_path, resume=True, save_every=2)
+    reference, loss = undisturbed("joint", seed)
+    assert same_bits(resumed.learned(), reference.learned())
+    assert result.loss == loss
+    assert result.tokens == 4 * 4 * 16
+    assert steps_of(tmp_path) == [1, 2, 3, 4, 5, 6]
+    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["step-00000004", "step-00000006"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "how"), [("tile", "SIGTERM"), ("tile", "SIGUSR1"), ("tile", "SIGINT"), ("joint", "SIGTERM"), ("tile", "file")]
+)
+def test_asked_to_stop_it_saves_between_two_steps(mode, how, tmp_path, seed):
+    run = Run(mode, seed)
+    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+    stop_in_step(
+        run, 2, lambda: (tmp_path / STOP_FILE).touch() if how == "file" else os.kill(os.getpid(), getattr(signal, how))
+    )
+    with pytest.raises(Stopped, match="stopped after step 3, which is saved"):
+        run.train(tmp_path)
+    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == handlers
+    found = training_state.latest(tmp_path)
+    assert found is not None
+    assert found.step == 3
+    resumed = Run(mode, seed)
+    resumed.train(tmp_path, resume=True)
+    assert same_bits(resumed.learned(), undisturbed(mode, seed)[0].learned())
+
+
+def test_a_request_from_before_the_first_step_is_heard_once(tmp_path, seed):
+    (tmp_path / STOP_FILE).touch()
+    with pytest.raises(Stopped, match="after step 1"):
+        Run("tile", seed, steps=2).train(tmp_path)
+    assert Run("tile", seed, steps=2).train(tmp_path, resume=True).steps == 2
+
+
+def test_a_second_signal_interrupts_at_once(tmp_path, seed, monkeypatch):
+    monkeypatch.setattr("learning.training.stop_request._AGAIN", -1.0)
+    run = Run("tile", seed)
+    stop_in_step(run, 2, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run.train(tmp_path)
+    assert not isinstance(caught.value, Stopped)
+
+
+def test_it_stops_without_a_directory_and_outside_the_main_thread(seed):
+    run = Run("tile", seed)
+    stop_in_step(run, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped, match=r"stopped after step 2$"):
+        run.train()
+    finished = []
+    thread = threading.Thread(target=lambda: finished.append(Run("tile", seed, steps=2).train().steps))
+    thread.start()
+    thread.join()
+    assert finished == [2]
+
+
+def test_a_finished_run_is_finished(tmp_path, seed):
+    run = Run("tile", seed)
+    first = run.train(tmp_path, validation=run.validation)
+    again = Run("tile", seed)
+    second = again.train(tmp_path, resume=True, validation=again.validation)
+    assert second.tokens == 0
+    assert second.validations == first.validations
+    assert same_bits(again.learned(), run.learned())
+    assert again.masks.harden().moved == run.masks.harden().moved
+
+
+def test_what_is_not_the_same_run_is_refused(tmp_path, seed):
+    Run("tile", seed, steps=2).train(tmp_path)
+    with pytest.raises(ValueError, match="has a checkpoint of step 2; resume it, or name another directory"):
+        Run("tile", seed, steps=2).train(tmp_path)
+    with pytest.raises(ValueError, match=r"its lr is 0\.02, this run's 0\.03"):
+        Run("tile", seed, steps=2, lr=0.03).train(tmp_path, resume=True)
+    other = Run("tile", seed, steps=2)
+    other.tokens = Run("tile", seed + 1, steps=2).tokens
+    with pytest.raises(ValueError, match="other tokens than text gives now"):
+        other.train(tmp_path, resume=True)
+    state = tmp_path / "checkpoints" / "step-00000002" / "state.json"
+    record = json.loads(state.read_text())
+    state.write_text(json.dumps(record | {"sharded": True, "processes": 2}))
+    with pytest.raises(ValueError, match="shared out over 2 processes, this run has 1"):
+        Run("tile", seed, steps=2).train(tmp_path, resume=True)
+
+
+def test_a_failed_save_leaves_the_older_checkpoints(tmp_path, seed, monkeypatch):
+    run = Run("tile", seed)
+    original = training_state.save_file
+
+    def full(state, path):
+        if "step-00000004" in str(path):
+            raise OSError("no space left on device")
+        original(state, path)
+
+    monkeypatch.setattr(training_state, "save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        run.train(tmp_path, save_every=2)
+    monkeypatch.undo()
+    resumed = Run("tile", seed)
+    resumed.train(tmp_path, resume=True, save_every=2)
+    assert same_bits(resumed.learned(), undisturbed("tile", seed)[0].learned())
+
+
+def test_compact_precision_resumes_with_its_rounding_and_8_bit_state(tmp_path, seed):
+    pytest.importorskip("torchao")
+    options = {"precision": "compact", "steps": 4, "model": {"hidden_size": 64}}  # smaller tensors have no 8-bit state
+    with torch.compiler.set_stance("force_eager"):
+        run = Run("joint", seed, **options)
+        stop_in_step(run, 1, lambda: (tmp_path / STOP_FILE).touch())
+        with pytest.raises(Stopped):
+            run.train(tmp_path)
+        resumed = Run("joint", seed, **options)
+        resumed.train(tmp_path, resume=True)
+        reference = Run("joint", seed, **options)
+        reference.train()
+    assert same_bits(resumed.learned(), reference.learned())
+    dtypes = {name.split(".")[0]: tensor.dtype for name, tensor in reference.learned().items()}
+    assert dtypes == {"tile_logits": torch.float32, "pattern_logits": torch.bfloat16}
+    state = torch.load(training_state.latest(tmp_path).path / "optimizer-0.pt", weights_only=True)
+    assert any("8bit" in type(value).__name__ for own in state[1]["state"].values() for value in own.values())
