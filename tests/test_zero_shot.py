@@ -18,7 +18,7 @@ from patch_compiler import HardMask, apply_masks, convert, named_linears
 from patch_compiler.linears import weight_of
 
 from .strategies import random_hard_mask
-from .tiny import VOCABULARY, tiny_llama, tiny_tokenizer
+from .tiny import VOCABULARY, tiny_llama
 from .zero_shot_tasks import (
     QUESTION,
     all_likelihoods,
@@ -36,11 +36,6 @@ pytest.importorskip("lm_eval", reason="zero-shot tasks need lm-eval: pip install
 ROOT = Path(__file__).parents[1]
 REAL = Path(os.environ.get("PATCH_ZERO_SHOT_DATA") or ROOT.parent / "shared" / "data" / "zeroshot")
 REAL_FILES = {"arc_easy": 2376, "piqa": 1838, "winogrande": 1267, "lambada_openai": 5153, "boolq": 3270}
-
-
-@pytest.fixture
-def tokenizer():
-    return tiny_tokenizer()
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from learning.evaluation.local_tasks import read_local_task
 from learning.evaluation.zero_shot import PAPER_TASKS, Score, TaskResult, ZeroShot, load_tasks, zero_shot
 
 from .conftest import SEED
-from .tiny import save_tiny, tiny_llama, tiny_tokenizer
+from .tiny import save_tiny, tiny_llama
 from .zero_shot_tasks import (
     QUESTION,
     clozes,
@@ -30,11 +30,6 @@ from .zero_shot_tasks import (
 pytest.importorskip("lm_eval", reason="zero-shot tasks need lm-eval: pip install '.[eval]'")
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def tokenizer():
-    return tiny_tokenizer()
 
 
 @pytest.fixture
