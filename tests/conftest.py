@@ -36,6 +36,13 @@ def device() -> torch.device:
 
 
 @pytest.fixture
+def tokenizer():
+    from .tiny import tiny_tokenizer
+
+    return tiny_tokenizer()
+
+
+@pytest.fixture
 def fresh_compiler():
     torch._dynamo.reset()
     yield

@@ -22,12 +22,12 @@ from learning.one_shot.proxsparse import proximal, shrink_groups_
 from learning.one_shot.proxsparse_training import ProxSparseTraining, learn_patterns, schedule
 from learning.prune import PruneResult, prune
 from patch_compiler.artifact import load_masks
-from patch_compiler.linears import mask_of, named_linears, weight_of
+from patch_compiler.linears import named_linears, weight_of
 from patch_compiler.masks import INVALID_CODE, codes_of_mask, select_24
 from patch_compiler.tile_map import TileKind, TileMap
 from tests.models import tiny_model
 from tests.strategies import same_bits, tile_maps
-from tests.test_prune import check_masks, random_windows, weights_of
+from tests.test_prune import check_masks, check_refused, random_windows, weights_of
 from tests.tiny import save_tiny
 
 # ---- the proximal step
@@ -303,13 +303,7 @@ def test_bad_settings(values: tuple[float, float, int], message: str) -> None:
     ],
 )
 def test_refused(options: dict[str, Any], message: str) -> None:
-    model = tiny_model("llama")
-    dense = weights_of(model)
-    with pytest.raises(ValueError, match=message):
-        quiet(model, **{"windows": random_windows(), **options})
-    for name, module in named_linears(model).items():
-        assert same_bits(weight_of(module), dense[name])
-        assert mask_of(module) is None
+    check_refused(quiet, options, message)
 
 
 # ---- command line

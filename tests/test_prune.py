@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -32,6 +33,17 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 def quiet(model: nn.Module, windows: Tensor | None = None, **options: Any) -> PruneResult:
     return prune(model, windows, **{"progress": False, "tile": 16, **options})
+
+
+def check_refused(prune_quietly: Callable[..., PruneResult], options: dict[str, Any], message: str) -> None:
+    """One error, and the model is as it was."""
+    model = tiny_model("llama")
+    dense = weights_of(model)
+    with pytest.raises(ValueError, match=message):
+        prune_quietly(model, **{"windows": random_windows(), **options})
+    for name, module in named_linears(model).items():
+        assert same_bits(weight_of(module), dense[name])
+        assert mask_of(module) is None
 
 
 def check_masks(model: nn.Module, result: PruneResult) -> None:
@@ -284,13 +296,7 @@ def test_an_interrupt_leaves_whole_layers(monkeypatch: pytest.MonkeyPatch) -> No
     ],
 )
 def test_bad_input_is_refused_and_changes_nothing(options: dict[str, Any], message: str) -> None:
-    model = tiny_model("llama")
-    dense = weights_of(model)
-    with pytest.raises(ValueError, match=message):
-        quiet(model, **{"windows": random_windows(), **options})
-    for name, module in named_linears(model).items():
-        assert same_bits(weight_of(module), dense[name])
-        assert mask_of(module) is None
+    check_refused(quiet, options, message)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])

@@ -12,7 +12,6 @@ from learning.soft_masks.learn_config import LearnConfig, Ramp, Relaxing
 Kind = Literal["dense", "one-shot", "three of four", "learned"]
 HYBRID = (0.25, 0.35, 0.45)
 ONE_SHOT = ("magnitude", "wanda", "sparsegpt", "thanos", "proxsparse")
-SEEDS = (0, 1)
 FEED_FORWARD = r"mlp"
 
 

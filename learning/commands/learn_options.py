@@ -7,14 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from patch_compiler.tile_map import DEFAULT_TILE
-
 from ..one_shot import METHODS
 from ..soft_masks.learn_config import Compat, LearnConfig, Mode, Precision, Ramp, Relaxing, TilePrior, TrainingBudget
 from .budget_options import add_budget, budget_of
-from .options import add_dtype_and_device, add_quiet, positive, regex, tile
+from .options import DEFAULT_SPARSITY, add_dtype_and_device, add_layers, add_quiet, positive
 
-DEFAULT_SPARSITY = 0.35
 # of LearnConfig, by name; what is not given keeps its published value
 _NUMBERS: dict[str, tuple[Any, str]] = {
     "steps": (positive, "optimizer steps"),
@@ -55,9 +52,7 @@ def add_options(parser: Any) -> None:
         "--sparsity", type=float, help=f"zeros / weights over the layers, default {DEFAULT_SPARSITY}; maskllm is always 0.5"
     )
     add_budget(parser)
-    parser.add_argument("--tile", type=tile, default=DEFAULT_TILE, help="tile size, 128 (default) or rows x columns as 128x64")
-    parser.add_argument("--include", type=regex, metavar="REGEX", help="only layers whose path matches, such as mlp")
-    parser.add_argument("--exclude", type=regex, metavar="REGEX", help="leave layers whose path matches dense")
+    add_layers(parser)
     parser.add_argument("-o", "--output", metavar="OUT", type=Path, required=True, help="directory to write")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is an earlier output")
 

@@ -11,15 +11,23 @@ from pathlib import Path
 
 import torch
 
-from patch_compiler.tile_map import normalize_tile
+from patch_compiler.tile_map import DEFAULT_TILE, normalize_tile
 
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DEFAULT_SPARSITY = 0.35
 MODEL_HELP = "hub id, local directory, .gguf file, or a directory written by `prune` or `learn`"
 
 
 def add_dtype_and_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: the checkpoint's own (bfloat16 for GGUF)")
     parser.add_argument("--device", type=device, default=None, help="where to compute; default: cuda if there is one, else cpu")
+
+
+def add_layers(parser: argparse.ArgumentParser) -> None:
+    """Which layers, in tiles of which size."""
+    parser.add_argument("--tile", type=tile, default=DEFAULT_TILE, help="tile size, 128 (default) or rows x columns as 128x64")
+    parser.add_argument("--include", type=regex, metavar="REGEX", help="only layers whose path matches, such as mlp")
+    parser.add_argument("--exclude", type=regex, metavar="REGEX", help="leave layers whose path matches dense")
 
 
 def add_quiet(parser: argparse.ArgumentParser) -> None:

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patch_compiler.tile_map import DEFAULT_TILE
-
 from ..budget import Budget
 from ..data import describe_source, token_windows
 from ..models import check_context, load_model
@@ -22,10 +20,16 @@ from ..one_shot.proxsparse_training import ProxSparseTraining
 from ..prune import PATTERNS, prune
 from ..prune_checks import check_request, checked_linears
 from .budget_options import add_budget, budget_of
-from .options import DTYPES, add_dtype_and_device, add_quiet, default_device, positive, regex, tile
+from .options import (
+    DEFAULT_SPARSITY,
+    DTYPES,
+    add_dtype_and_device,
+    add_layers,
+    add_quiet,
+    default_device,
+    positive,
+)
 from .pruned_output import PrunedOutput, check_places
-
-DEFAULT_SPARSITY = 0.35
 
 
 def add_parser(commands: Any) -> None:
@@ -43,9 +47,7 @@ def add_parser(commands: Any) -> None:
         "--sparsity", type=float, help=f"zeros / weights over the pruned layers, default {DEFAULT_SPARSITY}; 2:4 is always 0.5"
     )
     add_budget(parser)
-    parser.add_argument("--tile", type=tile, default=DEFAULT_TILE, help="tile size, 128 (default) or rows x columns as 128x64")
-    parser.add_argument("--include", type=regex, metavar="REGEX", help="prune only layers whose path matches, such as mlp")
-    parser.add_argument("--exclude", type=regex, metavar="REGEX", help="leave layers whose path matches dense")
+    add_layers(parser)
     calibration = parser.add_argument_group("calibration (not used by magnitude)")
     calibration.add_argument(
         "--calibration",

@@ -89,8 +89,7 @@ class LearnedMasks:
         self._check(start)
         generator = torch.Generator().manual_seed(config.seed)
         device = weight_of(next(iter(linears.values()))).device
-        full = [TileMap.full(shape, TileKind.SPARSE24, config.tile) for shape in self.shapes.values()]
-        self._kept24 = [int(tile_map.sparse24_areas().sum()) for tile_map in full]
+        self._tiles = [layer.last - layer.first for layer in self._layers]
         self._budget = SoftBudget(self.shapes, config.budget, config.tile, device)
         self.tile_logits: nn.Parameter | None = None
         if config.mode != "maskllm":
@@ -138,17 +137,17 @@ class LearnedMasks:
         config = self.config
         key = NoiseKey(config.seed, step, 0 if config.shared_noise else sample)
         share = config.micro_batch / config.batch
-        gates = None
+        by_layer = None
         if self.tile_logits is not None:
             self._scale = config.tiles.scale.at(step, config.steps)
             temperature = config.tiles.temperature.at(step, config.steps)
             gates = tile_gates(self._centred(), key, self._scale, temperature)
             if config.compat == "patch":
                 gates.register_hook(partial(_add, self._sampled_penalty_gradient(gates.detach()) * share))
+            parts = zip(gates.split(self._tiles), self._layers, strict=True)
+            by_layer = tuple(part.view(layer.grid) for part, layer in parts)
         patterns = config.patterns
         relaxation = Relaxation(patterns.scale.at(step, config.steps), patterns.temperature.at(step, config.steps))
-        each = gates.split([x.last - x.first for x in self._layers]) if gates is not None else ()
-        by_layer = tuple(part.view(x.grid) for part, x in zip(each, self._layers, strict=False)) if gates is not None else None
         self._sample = _Sample(key, by_layer, relaxation, config.norm_reward_at(step) * share)
 
     def _centred(self) -> Tensor:
@@ -198,8 +197,8 @@ class LearnedMasks:
 
     def _sampled_penalty_gradient(self, gates: Tensor) -> Tensor:
         """Of PATCH's density term with respect to the gates: it sees the sampled mask, each layer's sum in bfloat16."""
-        kept = (self._budget.avoided * gates).split([layer.last - layer.first for layer in self._layers])
-        whole = [part.sum() + pairs for part, pairs in zip(kept, self._kept24, strict=True)]
+        kept = (self._budget.avoided * gates).split(self._tiles)
+        whole = [part.sum() + pairs for part, pairs in zip(kept, self._budget.kept24_by_layer, strict=True)]
         density = torch.stack(whole).bfloat16().double().sum() / self._budget.weights
         sign = torch.sign(density - self._budget.density)
         return (self.config.density_penalty * sign * self._budget.avoided / self._budget.weights).to(gates.dtype)

@@ -35,7 +35,8 @@ class SoftBudget:
             first[name] = counted
             counted += layout.kinds.numel()
         self.weights = sum(layout.weights for layout in layouts.values())
-        self.kept24 = sum(int(layout.sparse24_areas().sum()) for layout in layouts.values())
+        self.kept24_by_layer = [int(layout.sparse24_areas().sum()) for layout in layouts.values()]
+        self.kept24 = sum(self.kept24_by_layer)
         indices, avoided, wanted = [], [], []
         for part in budget.parts(shapes):
             members = [layouts[name] for name in part.names]
