@@ -27,7 +27,9 @@ def release(ctas: int, everywhere: bool) -> str:
     lines = ["{", ".reg .pred mine;", ".reg .b32 thread, cta, address;"]
     lines += ["mov.u32 thread, %tid.x;", "and.b32 thread, thread, 127;"]
     lines += [f"setp.lt.u32 mine, thread, {threads};", *_address(ctas, "mov.b32 cta, thread;" if everywhere else _OWN)]
-    kind = "release.cluster.shared::cluster" if ctas > 1 and everywhere else "shared::cta"
+    # not release.cluster, which waits until everything the SM has written is seen by all (MEMBAR.ALL.GPU, a microsecond):
+    # nothing was written, and what was read has been read, for the wgmma are finished
+    kind = "shared::cluster" if ctas > 1 and everywhere else "shared::cta"
     return "\n".join([*lines, f"@mine mbarrier.arrive.{kind}.b64 _, [address];", "}"])
 
 
