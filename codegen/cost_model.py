@@ -22,7 +22,7 @@ from codegen import prefill_cost
 from codegen.formats.slab_map import SlabMap
 from codegen.gpu import GpuSpec
 from codegen.plan import HEADER, SEGMENT, StageCost, work_plan
-from codegen.schedule import TOKEN_TILES, Decode, Gemm, Prefill, Problem, Schedule, legal_schedules
+from codegen.schedule import REGIMES, Decode, Gemm, Prefill, Problem, Schedule, legal_schedules
 
 if TYPE_CHECKING:
     import sympy
@@ -108,13 +108,18 @@ class Interval:
 
 @dataclass(frozen=True)
 class _Arithmetic:
-    """How to evaluate a formula: ceiling(T / n) and the larger of two."""
+    """How to evaluate a formula: ceiling(T / n), the ceiling of what changes only where such a one does, the larger of two."""
 
     tiles: Callable[[Any, int], Any]
+    rounds: Callable[[Any, int], Any]
     larger: Callable[[Any, Any], Any]
 
 
-_NUMBERS = _Arithmetic(lambda t, n: -(-t // n), max)
+def _ceiling(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+_NUMBERS = _Arithmetic(_ceiling, _ceiling, max)
 
 
 def _seconds(
@@ -123,7 +128,7 @@ def _seconds(
     if isinstance(schedule, Decode):
         return _decode(problem, schedule, gpu, tokens, constants, arithmetic)
     if isinstance(schedule, Prefill):
-        return prefill_cost.seconds(problem, schedule, gpu, tokens, arithmetic.tiles)
+        return prefill_cost.seconds(problem, schedule, gpu, tokens, arithmetic.tiles, arithmetic.rounds)
     if isinstance(schedule, Gemm):
         return _gemm(problem, gpu, tokens, constants, arithmetic) + (_expand(problem, gpu, constants) if schedule.expand else 0)
     # every 16 tokens read the weight again and unpack it; a guess, there is nothing to choose where it is legal
@@ -280,7 +285,10 @@ def cost(problem: Problem, schedule: Schedule, gpu: GpuSpec) -> sympy.Expr:
     """Seconds as an expression over the symbol T, the number of tokens: what `predict` computes."""
     import sympy  # 0.3 s that dispatch need not wait for
 
-    symbolic = _Arithmetic(lambda t, n: sympy.ceiling(t / sympy.Integer(n)), sympy.Max)
+    def ceiling(t: Any, n: int) -> Any:
+        return sympy.ceiling(t / sympy.Integer(n))
+
+    symbolic = _Arithmetic(ceiling, ceiling, sympy.Max)
     expression: sympy.Expr = _seconds(problem, schedule, gpu, symbol(), CONSTANTS, symbolic)
     return expression
 
@@ -335,16 +343,16 @@ def envelope(problem: Problem, gpu: GpuSpec, upto: int = 16384) -> list[Interval
 
 def _stretches(problem: Problem, gpu: GpuSpec, upto: int) -> Iterable[tuple[int, int, list[Schedule]]]:
     """First and last T of stretches in which the same schedules are legal and every ceiling(T / n) stays what it is."""
-    for before, end in pairwise([0, *(t for t in TOKEN_TILES if t < upto), upto]):
+    for before, end in pairwise([0, *(t for t in REGIMES if t < upto), upto]):
         schedules = _candidates(problem, gpu, before + 1)
         widths: set[int] = set()
 
         def tiles(t: int, n: int, widths: set[int] = widths) -> int:
             widths.add(n)
-            return -(-t // n)
+            return _ceiling(t, n)
 
         for schedule in schedules:
-            _seconds(problem, schedule, gpu, before + 1, CONSTANTS, _Arithmetic(tiles, max))
+            _seconds(problem, schedule, gpu, before + 1, CONSTANTS, _Arithmetic(tiles, _ceiling, max))
         steps = {t for n in widths for t in range((before // n + 1) * n, end, n)}
         for a, b in pairwise([before, *sorted(steps), end]):
             yield a + 1, b, schedules
@@ -393,7 +401,7 @@ class _Curves:
                 differences.append(a - b)
                 return max(a, b)
 
-            arithmetic = _Arithmetic(_NUMBERS.tiles, larger)
+            arithmetic = _Arithmetic(_ceiling, _ceiling, larger)
             seconds = _seconds(self.problem, schedule, self.gpu, tokens, CONSTANTS, arithmetic)
             found.append((_rank(schedule, seconds), differences))
         self._known[tokens] = found

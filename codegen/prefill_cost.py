@@ -50,8 +50,11 @@ def item_cost(schedule: Prefill, rows: int, gpu: GpuSpec, c: PrefillConstants = 
     return ItemCost(slab(rows * 128, 1), slab(rows * 144, 2), c.end)
 
 
-def seconds(problem: Problem, schedule: Prefill, gpu: GpuSpec, tokens: Any, tiles: Callable[[Any, int], Any]) -> Any:
-    """As many rounds of average items as the CTAs need. tiles: ceiling(T / n), of numbers or of expressions.
+Ceiling = Callable[[Any, int], Any]
+
+
+def seconds(problem: Problem, schedule: Prefill, gpu: GpuSpec, tokens: Any, tiles: Ceiling, rounds: Ceiling) -> Any:
+    """As many rounds of average items as the CTAs need. tiles: ceiling(T / n), rounds: of items; of numbers or expressions.
 
     ValueError for a weight without slabs.
     """
@@ -60,5 +63,5 @@ def seconds(problem: Problem, schedule: Prefill, gpu: GpuSpec, tokens: Any, tile
     slabs, item = problem.slabs, item_cost(schedule, problem.slabs.rows, gpu)
     groups = max(1, -(-slabs.panels // schedule.group))
     work = (slabs.slabs - slabs.sparse_slabs) * item.dense + slabs.sparse_slabs * item.sparse
-    rounds = tiles(tiles(tokens, schedule.tokens * schedule.token_ctas) * groups, gpu.sms // schedule.ctas)
-    return ASSUMED.start + rounds * (work / groups / schedule.panel_ctas + item.end)
+    items = tiles(tokens, schedule.tokens * schedule.token_ctas) * groups
+    return ASSUMED.start + rounds(items, gpu.sms // schedule.ctas) * (work / groups / schedule.panel_ctas + item.end)

@@ -6,7 +6,7 @@ A schedule says nothing about one layer's map: the work plan (codegen/plan.py) d
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Literal
 
@@ -19,6 +19,9 @@ PREFILL_TILES = (128, 256)
 TURNS = (8192, 4096)
 CLUSTERS: tuple[Cluster, ...] = ("", "tokens", "panels")
 STAGE_COUNTS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
+MOST_DECODE_TOKENS = 1024  # by then a decode kernel has read the weights more often than an expansion takes
+# up to each of these T, and beyond the last, the same schedules are worth a thought
+REGIMES = (*TOKEN_TILES, MOST_DECODE_TOKENS)
 
 
 MOST_STAGES = 31  # work plans are padded for kernels that read them this far ahead
@@ -231,12 +234,18 @@ def legal_schedules(problem: Problem, gpu: GpuSpec, tokens: int) -> Iterator[Sch
     for schedule in _all_schedules(gpu, tokens):
         if schedule.why_illegal(problem, gpu) is None:
             yield schedule
+    if tokens > TOKEN_TILES[-2]:
+        for prefill in prefill_schedules(problem, gpu):
+            if (prefill.w_stages, prefill.turn) == (3, TURNS[0]):  # other divisions of the rings: for autotune
+                yield replace(prefill, early_start=True)
 
 
 def _all_schedules(gpu: GpuSpec, tokens: int) -> Iterator[Schedule]:
     yield Gemm(expand=False)
     yield Gemm(expand=True)
     yield Reference()
+    if tokens > MOST_DECODE_TOKENS:
+        return
     family: Literal["hopper", "stream"] = "hopper" if gpu.runs_hopper else "stream"
     tiles = TOKEN_TILES if family == "hopper" else TOKEN_TILES[:-1]
     tile = next((t for t in tiles if t >= tokens), tiles[-1])
@@ -249,10 +258,7 @@ def _all_schedules(gpu: GpuSpec, tokens: int) -> Iterator[Schedule]:
 
 
 def prefill_schedules(problem: Problem, gpu: GpuSpec) -> Iterator[Prefill]:
-    """Every legal one worth a thought: rings that fill the shared memory, smaller turns where they give it to a ring.
-
-    Not among `legal_schedules` until measured.
-    """
+    """Every legal one worth a thought: rings that fill the shared memory, smaller turns where they give it to a ring."""
     for tokens in PREFILL_TILES:
         for panels in (1, 2):
             for cluster in CLUSTERS:

@@ -19,6 +19,7 @@ import threading
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,18 @@ def intervals(problem: Problem, gpu: GpuSpec, upto: int = 16384) -> list[Interva
                 found.append(replace(interval, first=found.pop().first if joins else first, last=end))
             first = end + 1
     return found
+
+
+@dataclass(eq=False)
+class Choices:
+    """What runs one launch, for explanations: worked out when somebody asks."""
+
+    problem: Problem
+    gpu: GpuSpec
+
+    @cached_property
+    def intervals(self) -> list[Interval]:
+        return intervals(self.problem, self.gpu)
 
 
 def table(gpu: GpuSpec) -> Table:

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from codegen.cost_model import Interval
 from codegen.formats.slab_map import SlabMap
+from codegen.tuning import Choices
 from patch_compiler.stored import Layout
 from patch_compiler.tile_map import DEFAULT_TILE, TileMap, normalize_tile
 
@@ -65,7 +65,7 @@ class Linear:
     layout: Layout = "canonical"  # of its packed form
     slabs: SlabMap | None = None  # its tiles in groups, where a GPU kernel reads them so
     merged: Merged | None = None  # with the projections that share its input
-    schedules: list[Interval] = field(default_factory=list)  # by number of tokens
+    choices: Choices | None = None  # what runs at which number of tokens
     runs: Runs = "unchanged"
     reason: str = ""
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from codegen import tuning
 from codegen.formats.slab_map import SlabMap, slab_map
 from codegen.gpu import this_gpu
 from codegen.schedule import Problem
+from codegen.tuning import Choices
 from patch_compiler.tile_map import TileKind
 
 from .context import Context, Linear, Runs
@@ -57,12 +57,12 @@ def _schedule(linear: Linear, context: Context) -> None:
         others = ", ".join(m.name.rpartition(".")[2] for m in linear.merged.members if m is not linear)
         linear.reason += f"; one launch with {others}"
         if first is not linear:
-            linear.schedules = first.schedules
+            linear.choices = first.choices
             return
         tile_map = linear.merged.tile_map
         slabs, keeps = slab_map(tile_map), all(map(keeps_dense, linear.merged.members))
     problem = _problem(tile_map.shape, linear.dtype, slabs, keeps)
-    linear.schedules = tuning.intervals(problem, this_gpu(device.index or 0))
+    linear.choices = Choices(problem, this_gpu(device.index or 0))
 
 
 def _problem(shape: tuple[int, int], dtype: torch.dtype | None, slabs: SlabMap, dense_weight: bool) -> Problem:

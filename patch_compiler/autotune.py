@@ -30,14 +30,14 @@ from codegen.formats.slab_map import slab_map, why_not
 from codegen.gpu import GpuSpec, gpu_here, gpu_spec, this_gpu
 from codegen.measure import Timing, copies, measure, random_metadata
 from codegen.runtime import Layer
-from codegen.schedule import Decode, Gemm, Problem, Schedule, legal_schedules
+from codegen.schedule import Decode, Gemm, Prefill, Problem, Schedule, legal_schedules
 from codegen.tuning import Entry
 
 from .atomic import atomic_file
 from .text_table import table
 from .tuning_targets import STANDARD, Target, standard_targets, targets_of
 
-TOKENS = (1, 4, 16, 64)
+TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 WITHIN = 1.3  # of the best prediction: what is measured
 DENSE = Gemm(expand=False)
 _LARGEST_TOKENS = 1 << 16
@@ -68,11 +68,13 @@ class Row:
             name if self.target.count == 1 else f"{name} x{self.target.count}", f"{m}x{k}",
             f"{100 * self.target.tile_map.sparsity:.1f}%", self.tokens, str(self.schedule), f"{self.us:.2f}",
             f"{self.nbytes / self.us / 1e3:.0f}", f"{100 * self.bound_us / self.us:.0f}%",
+            f"{2 * m * k * self.tokens / self.us / 1e6:.3g}",
             f"{self.dense_us / self.us:.2f}x", f"{self.default_us / self.us:.2f}x",
         )  # fmt: skip
 
 
-COLUMNS = ("layer", "shape", "sparsity", "T", "schedule", "us", "GB/s", "of byte bound", "x dense", "x default")
+# TFLOP/s count 2 M K T, whatever is zero
+COLUMNS = ("layer", "shape", "sparsity", "T", "schedule", "us", "GB/s", "of byte bound", "TFLOP/s", "x dense", "x default")
 
 
 def autotune(
@@ -309,7 +311,7 @@ def compile_candidates(targets: Iterable[Target], tokens: Sequence[int], gpu: Gp
         for _, problem in _distinct(targets)
         for t in _sizes(tokens)
         for schedule in _candidates(problem, here, t)
-        if isinstance(schedule, Decode) and problem.slabs is not None
+        if isinstance(schedule, Decode | Prefill) and problem.slabs is not None
     ]
     compile_all(kernels, here)
 

@@ -181,5 +181,5 @@ def _site(linear: Linear, tensors: Sequence[Tensor]) -> explanation.Site:
         linear.reason,
         dense_bytes,
         held,
-        tuple(str(i) for i in linear.schedules),
+        linear.choices,
     )

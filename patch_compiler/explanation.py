@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from codegen.tuning import Choices
+
 from .linears import is_conv1d, mask_of, weight_of
 from .module import PatchLinear
 from .ops import uses_triton
@@ -32,7 +34,12 @@ class Site:
     reason: str
     dense_bytes: int
     packed_bytes: int | None = None
-    schedules: tuple[str, ...] = ()  # "T 1 - 16: hopper 16t x6 1/SM early, 12.3 us", by number of tokens
+    choices: Choices | None = None
+
+    @property
+    def schedules(self) -> tuple[str, ...]:
+        """What runs by number of tokens: "T 1 - 16: hopper 16t x6 1/SM early, 12.3 us predicted", ..."""
+        return () if self.choices is None else tuple(map(str, self.choices.intervals))
 
     def row(self) -> tuple[str, str, str, str, int, str]:
         """The cells of COLUMNS."""

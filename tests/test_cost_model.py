@@ -93,7 +93,7 @@ def test_more_bytes_cost_more(tokens):
 
 
 def test_prefill_costs_follow_the_work():
-    """Not chosen by dispatch, but predicted: less for more 2:4 tiles, in whole rounds of items."""
+    """Less for more 2:4 tiles, in whole rounds of items."""
     for schedule in (Prefill(256, 1, 4, 3), Prefill(128, 2, 5, 3, "tokens"), Prefill(256, 1, 4, 3, "panels")):
         by_sparsity = [predict(problem_of(sparse=f), schedule, H100, 4096) for f in (1, 0.9, 0.5, 0)]
         assert by_sparsity == sorted(by_sparsity)
@@ -149,9 +149,12 @@ def test_decode_of_a_7b_model_runs_a_decode_kernel(shape, dense_weight):
 
 
 @pytest.mark.parametrize("shape", LLAMA_7B)
-def test_prefill_runs_the_dense_gemm(shape):
-    assert choose(problem_of(shape, dense_weight=True), H100, 8192) == Gemm(expand=False)
-    assert choose(problem_of(shape), H100, 8192) == Gemm(expand=True)
+@pytest.mark.parametrize("dense_weight", [False, True])
+def test_prefill_of_a_7b_model_runs_a_prefill_kernel(shape, dense_weight):
+    problem = problem_of(shape, dense_weight=dense_weight)
+    for tokens in (2048, 8192, 16384):
+        assert isinstance(choose(problem, H100, tokens), Prefill)
+    assert choose(problem, gpu_spec("h100", "3.6.0"), 8192) == Gemm(expand=not dense_weight)
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 64, 4096])
@@ -229,7 +232,7 @@ def test_an_interval_says_what_runs_and_what_it_costs():
     assert str(first).startswith("T 1 - 8: hopper 8t x")
     assert "us predicted" in str(first)
     assert str(last).endswith("us predicted")
-    assert "dense GEMM" in str(last)
+    assert "prefill" in str(last)
     assert last.last == 16384
     assert isinstance(first.cost, sympy.Expr)
     assert first.cost.has(sympy.ceiling)

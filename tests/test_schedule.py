@@ -126,7 +126,7 @@ def test_what_is_illegal_says_why(schedule: Decode, changes: dict, gpu: tuple[st
     assert re.search(reason, why(schedule, gpu_spec(*gpu), **changes))
 
 
-def test_prefill_schedules_are_legal_fill_the_memory_and_are_not_chosen_yet() -> None:
+def test_prefill_schedules_are_legal_and_fill_the_memory() -> None:
     gpu = gpu_spec("h100", "3.9.0")
     for rows in (64, 128):
         found = list(prefill_schedules(problem(rows), gpu))
@@ -134,7 +134,10 @@ def test_prefill_schedules_are_legal_fill_the_memory_and_are_not_chosen_yet() ->
         assert len({str(s) for s in found}) == len(found) >= 6
         assert {s.cluster for s in found} == {"", "tokens", "panels"} if rows == 128 else {"", "tokens"}
         assert max(s.shared_bytes(rows) for s in found) > 0.95 * gpu.shared_bytes
-        assert not any(isinstance(s, Prefill) for s in legal_schedules(problem(rows), gpu, 4096))
+        chosen_from = [s for s in legal_schedules(problem(rows), gpu, 4096) if isinstance(s, Prefill)]
+        assert {(s.tokens, s.panels, s.cluster) for s in chosen_from} == {(s.tokens, s.panels, s.cluster) for s in found}
+        assert len(chosen_from) < len(found)
+        assert not any(isinstance(s, Prefill) for s in legal_schedules(problem(rows), gpu, 64))
     assert not list(prefill_schedules(problem(), gpu_spec("a100", "3.9.0")))
 
 

@@ -140,4 +140,4 @@ def test_dynamic_tokens_in_one_graph() -> None:
         assert relative_error(fast(x), model(x)) < 1e-3
     (site,) = explain(model).sites
     assert site.runs == "hybrid kernels"
-    assert any("dense GEMM" in line for line in site.schedules)
+    assert any("prefill" in line or "dense GEMM" in line for line in site.schedules)
