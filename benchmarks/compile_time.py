@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ import torch
 from torch import nn
 
 from patch_compiler import HardMask, TileKind, TileMap, convert, explain, named_linears
+from patch_compiler.bench.random_llama import SIZES, random_llama
 from patch_compiler.linears import weight_of
 from patch_compiler.masks import PATTERNS
+from patch_compiler.provenance import provenance, write_results
 
-from .provenance import provenance, results_file, write_results
-from .random_llama import random_llama
+from .results_file import results_file
 
 SPARSITY = 0.45
 
@@ -55,7 +57,7 @@ def random_masks(model: nn.Module) -> dict[str, HardMask]:
 def once(layers: int) -> dict[str, Any]:
     """What one process takes: pack, then compile and run the first token."""
     torch.manual_seed(0)  # the tile maps decide what can be found in the caches
-    model = random_llama(4096, 11008, layers, 32, 32)
+    model = random_llama(replace(SIZES["llama-2-7b"], blocks=layers))
     masks = random_masks(model)
     torch.cuda.synchronize()
     start = time.perf_counter()
