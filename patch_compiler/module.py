@@ -69,6 +69,18 @@ class PatchLinear(nn.Module):
         """The canonical form, on the layer's device."""
         return self.stored.packed()
 
+    def keep_part(self, rows: tuple[int, int], columns: tuple[int, int], bias: bool) -> None:
+        """Become the layer of W[rows, columns] (each first and one past the last), in place; bias: whether with its part of it.
+
+        Raises ValueError as `packed.cut`, before anything is changed.
+        """
+        part = self.stored.part(rows, columns)
+        self.tile_map = part.tile_map
+        self.out_features, self.in_features = part.tile_map.shape
+        self._hold(part)
+        if self.bias is not None:
+            self.bias = nn.Parameter(self.bias[slice(*rows)].clone(), self.bias.requires_grad) if bias else None
+
     def dense_weight(self) -> Tensor:
         """A dense copy [M, K] with +0.0 in the masked places."""
         return unpack(self.packed)
