@@ -1,4 +1,4 @@
-"""What learning masks costs: time and memory of a step, against plain eager PyTorch that does the same; SparseGPT of a block.
+"""What learning masks costs: time and memory of a step, against plain eager PyTorch that does the same.
 
     python -m benchmarks.learning_cost [--cases 135m 1b 7b] [--steps 5] [--output benchmarks/results/learning-cost-<gpu>.json]
 
@@ -24,14 +24,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from learning.budget import Budget
-from learning.one_shot import sparsegpt
 from learning.soft_masks import learned_masks
 from learning.soft_masks.draw import Relaxation
 from learning.soft_masks.learn_config import LearnConfig
 from learning.soft_masks.learned_masks import LearnedMasks
 from learning.soft_masks.noise import NoiseKey
 from learning.soft_masks.priors import Start
-from learning.statistics import InputStatistics
 from learning.training.distributed import Ranks
 from learning.training.loop import recomputing
 from learning.training.next_token_loss import next_token_loss
@@ -41,7 +39,6 @@ from patch_compiler.linears import named_linears, weight_of
 from patch_compiler.masks import PATTERNS, expand_codes
 from patch_compiler.provenance import provenance, write_results
 from patch_compiler.text_table import table
-from patch_compiler.tile_map import TileKind, TileMap
 
 from .results_file import results_file
 
@@ -166,25 +163,6 @@ def measure(size: str, mode: Any, steps: int) -> dict[str, Any]:
     return found
 
 
-def sparsegpt_block() -> dict[str, Any]:
-    """Seconds for the seven linears of a LLaMA-2-7B block, Hessians given."""
-    shapes = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
-    seconds: dict[str, list[float]] = {}
-    for m, k in shapes:
-        x = torch.randn(2 * k, k, device="cuda")
-        statistics = InputStatistics(2 * k, x.square().mean(0), x.T @ x / (2 * k))
-        weight = torch.randn(m, k, device="cuda").bfloat16()
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        sparsegpt.prune_tiles(weight, statistics, TileMap.full((m, k), TileKind.SPARSE24))
-        torch.cuda.synchronize()
-        seconds.setdefault(f"{m}x{k}", []).append(time.perf_counter() - begin)
-    return {
-        "seconds_per_block": round(sum(sum(s) for s in seconds.values()), 2),
-        "seconds": {shape: [round(s, 3) for s in each] for shape, each in seconds.items()},
-    }
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(
@@ -204,10 +182,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(rows[-1], flush=True)
             gc.collect()
             torch.cuda.empty_cache()
-    record = {"rows": rows, "sparsegpt": sparsegpt_block()}
-    print(record["sparsegpt"])
     output = args.output or results_file("learning-cost")
-    write_results(output, provenance("benchmarks.learning_cost", arguments), record)
+    write_results(output, provenance("benchmarks.learning_cost", arguments), {"rows": rows})
     columns = ("size", "mode", "precision", "step_ms", "eager_ms", "dense_ms", "bytes_per_weight", "eager_bytes_per_weight")
     print(table([tuple(row.get(c, "–") for c in columns) for row in rows], columns))
     return 0
