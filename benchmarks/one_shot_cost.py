@@ -22,10 +22,11 @@ import torch
 
 from learning.one_shot import METHODS
 from learning.statistics import InputStatistics, full_precision
+from patch_compiler.provenance import provenance, write_results
 from patch_compiler.text_table import table
 from patch_compiler.tile_map import TileKind, TileMap
 
-from .provenance import provenance, results_file, write_results
+from .results_file import results_file
 
 PATTERNS = ("2:4", "unstructured")
 TOKENS_AT_ONCE = 8192
