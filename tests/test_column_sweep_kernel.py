@@ -132,13 +132,15 @@ def test_only_a_block_fits(width: int, device: torch.device) -> None:
         kernels.settle_kept(torch.zeros(2, 4).double(), torch.eye(4), torch.ones(2, 4, dtype=torch.bool))
 
 
-@pytest.mark.parametrize(("rows", "width"), [(3, 261), (4, 129)])
-def test_whole_weights_with_the_kernel(rows: int, width: int, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    """Blocks one after the other, the last one ragged, some inputs dead."""
+@pytest.mark.parametrize(("rows", "width", "transposed"), [(3, 261, False), (4, 129, False), (5, 72, True)])
+def test_whole_weights_with_the_kernel(
+    rows: int, width: int, transposed: bool, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """Blocks one after the other, the last one ragged, some inputs dead; transposed: as a Conv1D's weight lies."""
     x = correlated_inputs(2 * width, width)
     x[:, [1, 5, 6, 7]] = 0.0
     found = statistics_of(x).to(device)
-    weight = torch.randn(rows, width, device=device)
+    weight = torch.randn(width, rows, device=device).T if transposed else torch.randn(rows, width, device=device)
     tile_map = TileMap((rows, width), (4, 8), torch.randint(3, TileMap.grid_of((rows, width), (4, 8)), dtype=torch.uint8))
 
     def both() -> list[sparsegpt.Pruned]:

@@ -69,7 +69,7 @@ def prune_unstructured(weight: Tensor, statistics: InputStatistics | None, zeros
 
 def compensate(weight: Tensor, factor: Tensor, dead: Tensor, settle: Settle) -> tuple[Tensor, Tensor]:
     """(weight after all updates, +0.0 where dropped; keep). weight: float32 [M, K]; `settle` is given block after block."""
-    weight = weight.clone()
+    weight = weight.clone(memory_format=torch.contiguous_format)  # a Conv1D's weight comes transposed
     keep = torch.empty_like(weight, dtype=torch.bool)
     cost_diagonal = factor.diagonal().masked_fill(dead, torch.inf)  # w² / ∞² = 0
     for start in range(0, weight.shape[1], BLOCK):
