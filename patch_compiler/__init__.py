@@ -1,7 +1,7 @@
 """Hybrid dense/2:4 tile sparsity for language models: vocabulary, files, and the compiler's front door.
 
 Names are loaded on first use: torch imports this package by itself when it looks for the `patch` backend or parses
-`TORCH_LOGS=+patch_compiler`, before it is ready to be used.
+`TORCH_LOGS=+patch_compiler`, before it is ready to be used. Importing it is all that `from_pretrained` of packed models needs.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ._registration import register
 from ._versions import check_versions
 
 if TYPE_CHECKING:
@@ -70,3 +71,4 @@ def __dir__() -> list[str]:
 
 
 check_versions()
+register()
