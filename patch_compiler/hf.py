@@ -105,7 +105,7 @@ def load_compressed(
     except ArtifactError:
         raise
     except Exception as error:  # a damaged config or index fails anywhere
-        raise ArtifactError(f"{directory}: cannot be loaded: {error}") from error
+        raise ArtifactError(f"{directory / 'config.json'}: its model cannot be loaded: {error}") from error
     model, report = loaded
     no_place = f"has no place in the config's {type(model).__name__}"
     for key, what in (("missing_keys", "is missing"), ("unexpected_keys", no_place)):

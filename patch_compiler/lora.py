@@ -17,6 +17,9 @@ from .module import PatchLinear
 class PatchLora(LoraLinear):
     """y = packed(x) + scaling · B A x. Plain LoRA: what needs the dense weight (DoRA, merging) is refused."""
 
+    def _get_in_out_features(self, module: PatchLinear) -> tuple[int, int]:
+        return module.in_features, module.out_features
+
     @property
     def lora_variants(self) -> dict[tuple[str, ...], None]:
         return {(): None}

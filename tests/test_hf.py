@@ -263,7 +263,7 @@ def change_tensors(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path
         (change_tensors(lambda t: t.__setitem__("model.extra", torch.rand(2))), r"tensor 'model\.extra' has no place"),
         (change_tensors(lambda t: t.__setitem__("model.norm.weight", torch.ones(72).int())), r"is I32 \(72,\)"),
         (lambda d: (d / "config.json").unlink(), "holds no config.json"),
-        (lambda d: (d / MODEL_FILE).unlink(), f"cannot be loaded: .* no file named {MODEL_FILE}"),
+        (lambda d: (d / MODEL_FILE).unlink(), f"its model cannot be loaded: .* no file named {MODEL_FILE}"),
         (lambda d: (d / MODEL_FILE).write_bytes((d / MODEL_FILE).read_bytes()[:-5]), "not a whole safetensors file"),
         (lambda d: (d / MODEL_FILE).rename(d / OLD_CHECKPOINT_FILE), "written by an earlier version of this package"),
         (change_config("quantization_config", {"quant_method": "gptq"}), r"config\.json: describes no packed model"),

@@ -20,6 +20,7 @@ from learning.evaluation.perplexity import perplexity
 from learning.models import load_model
 from patch_compiler.artifact import load_masks
 from patch_compiler.linears import named_linears, weight_of
+from patch_compiler.module import PatchLinear
 from patch_compiler.tile_map import TileKind
 
 from .tiny import save_tiny
@@ -122,6 +123,8 @@ def test_the_same_run_gives_the_same_artifacts(base, pruned, tmp_path):
     assert main(["prune", str(base), *PRUNE, "--sparsity", "0.3", "--seed", "1", "-o", str(other)]) == 0
     first, second = (json.loads((d / "config.json").read_text())["quantization_config"] for d in (pruned, again))
     assert first == second
+    loaded = AutoModelForCausalLM.from_pretrained(pruned)
+    assert {name for name, module in loaded.named_modules() if isinstance(module, PatchLinear)} == first["layers"].keys()
     assert first["provenance"] == load_masks(again / "mask.safetensors").provenance
     assert (pruned / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
     assert load_masks(pruned / "mask.safetensors").masks == load_masks(again / "mask.safetensors").masks
