@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .linears import apply_masks, named_linears
     from .module import PatchLinear, convert
     from .packed import PackedWeight, pack, unpack
+    from .quantizer import PatchConfig
     from .tile_map import TileKind, TileMap
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Explanation",
     "HardMask",
     "PackedWeight",
+    "PatchConfig",
     "PatchLinear",
     "Site",
     "TileKind",
@@ -55,6 +57,7 @@ _HOME = {
     "linears": ("apply_masks", "named_linears"),
     "module": ("PatchLinear", "convert"),
     "packed": ("PackedWeight", "pack", "unpack"),
+    "quantizer": ("PatchConfig",),
     "tile_map": ("TileKind", "TileMap"),
 }
 

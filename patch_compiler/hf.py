@@ -147,9 +147,6 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
                 shutil.copy(path, target / path.name)
 
 
-# ---- models
-
-
 def _transformers_model(model: nn.Module) -> PreTrainedModel:
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     if not isinstance(model, PreTrainedModel):
@@ -201,9 +198,6 @@ def _empty_model(config: Any) -> PreTrainedModel:
 def _check_rebuildable(model: PreTrainedModel, empty: PreTrainedModel) -> None:
     if type(model) is not type(empty):
         raise ValueError(f"{type(model).__name__}: AutoModelForCausalLM builds a {type(empty).__name__} from its config")
-
-
-# ---- state
 
 
 def _untied_state(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ With `PatchConfig(masks=...)` a dense checkpoint is packed while it is loaded (`
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Mapping
@@ -47,7 +48,11 @@ class PatchConfig(QuantizationConfigMixin):
         self.description = {**description, "quant_method": METHOD}
 
     def to_dict(self) -> dict[str, Any]:
-        return dict(self.description)
+        return copy.deepcopy(self.description)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PatchConfig:
+        """transformers copies configs as it goes; masks of a large model are gigabytes, and nothing changes them."""
+        return PatchConfig(self.masks, **self.to_dict())
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -125,11 +130,11 @@ class PatchHfQuantizer(HfQuantizer):
             self._masks = masks
         elif masks is not None:
             file = load_masks(masks)
-            self._masks, self.quantization_config.provenance = file.masks, file.provenance
+            self._masks, self.quantization_config = file.masks, PatchConfig(masks, provenance=file.provenance)
         get_linears(model, self._masks)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        self._masks, self.quantization_config.masks = {}, None
+        self._masks, self.quantization_config = {}, PatchConfig(**self.quantization_config.description)  # without masks
         for module in model.modules():
             if isinstance(module, PatchLinear):
                 module.settle()
@@ -146,6 +151,7 @@ class PatchHfQuantizer(HfQuantizer):
         size = sum(tensor.nbytes for tensor in state.values())
         maps = {name: module.tile_map for name, module in layers.items()}
         self.quantization_config.description = describe(maps, self.quantization_config.provenance, size)
+        model.config.quantization_config = self.quantization_config  # several models may have been made with one config
         # layers are described by their paths in the model: files keep these names, not those of an earlier checkpoint
         vars(model)["_weight_conversions"] = []
         return state, {}

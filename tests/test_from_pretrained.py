@@ -19,10 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
-from patch_compiler import ArtifactError, HardMask, PatchLinear, TileKind, TileMap, convert, load_masks, save_masks
+from patch_compiler import ArtifactError, HardMask, PatchConfig, PatchLinear, TileKind, TileMap, convert, load_masks, save_masks
 from patch_compiler.hf import is_compressed, load_compressed, save_compressed
 from patch_compiler.linears import named_linears, weight_of
-from patch_compiler.quantizer import PatchConfig
 
 from .models import FAMILIES, tiny_model
 from .strategies import random_hard_mask
@@ -143,8 +142,10 @@ def test_packing_while_a_dense_checkpoint_is_loaded(tmp_path: Path, family: str)
     save_masks(tmp_path / "mask.safetensors", masks, provenance={"method": "test"})
     convert(model, masks)
     for given in (masks, tmp_path / "mask.safetensors", str(tmp_path / "mask.safetensors")):
-        loaded = load(tmp_path / "base", quantization_config=PatchConfig(masks=given))
-        assert torch.equal(logits(loaded), logits(model))
+        config = PatchConfig(masks=given)
+        for _ in range(2):  # a config may be used again
+            loaded = load(tmp_path / "base", quantization_config=config)
+            assert torch.equal(logits(loaded), logits(model))
     loaded.save_pretrained(tmp_path / "packed")
     assert load(tmp_path / "packed").config.quantization_config.provenance == {"method": "test"}
     assert torch.equal(logits(load_compressed(tmp_path / "packed")), logits(model))
@@ -235,6 +236,17 @@ def test_save_pretrained_describes_what_the_model_holds_then(tmp_path: Path) -> 
     loaded.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["layers"].keys() == masks.keys()
     assert torch.equal(logits(load(tmp_path)), logits(loaded))
+
+
+def test_two_models_of_one_config(tmp_path: Path) -> None:
+    config = FAMILIES["qwen2"]()
+    models = [AutoModelForCausalLM.from_config(config).eval() for _ in range(2)]
+    for model, tile in zip(models, (16, 32), strict=True):
+        convert(model, masks_for(model, tile))
+    models[1].config = models[0].config
+    for i, model in enumerate(models):
+        model.save_pretrained(tmp_path / str(i))
+        assert torch.equal(logits(load(tmp_path / str(i))), logits(model))
 
 
 def test_save_compressed_adds_the_masks_and_keeps_the_provenance(tmp_path: Path) -> None:

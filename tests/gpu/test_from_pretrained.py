@@ -11,9 +11,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, CompileConfig
 
-from patch_compiler import HardMask, PatchLinear, TileKind, TileMap, convert, named_linears, save_masks
+from patch_compiler import HardMask, PatchConfig, PatchLinear, TileKind, TileMap, convert, named_linears, save_masks
 from patch_compiler.linears import weight_of
-from patch_compiler.quantizer import PatchConfig
 
 from ..strategies import random_hard_mask
 
