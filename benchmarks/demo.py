@@ -226,7 +226,7 @@ def deploy(
         del model
         sizes = {
             "dense": dense_bytes,
-            "compressed": (directory / "model.patch.safetensors").stat().st_size,
+            "compressed": sum(path.stat().st_size for path in directory.glob("model*.safetensors")),
             "mask": mask_file.stat().st_size,
         }
         say(", ".join(f"{name} {human_bytes(size)}" for name, size in sizes.items()))

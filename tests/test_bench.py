@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from patch_compiler import HardMask, PatchLinear, apply_masks, convert, named_linears
+from patch_compiler import HardMask, PatchLinear, apply_masks, convert, named_linears, save_compressed
 from patch_compiler.bench import __main__ as command
 from patch_compiler.bench import random_llama as sizes
 from patch_compiler.bench.decoder import GreedyDecoder
@@ -22,9 +22,9 @@ from patch_compiler.bench.page import page
 from patch_compiler.bench.published_maps import published_maps
 from patch_compiler.bench.random_llama import Size, random_llama
 from patch_compiler.bench.rounds import Runs, Workload, measure
-from patch_compiler.bench.variants import unpack, variants, weight_bytes
+from patch_compiler.bench.variants import load, unpack, variants, weight_bytes
 
-from .strategies import random_hard_mask
+from .strategies import random_hard_mask, relative_error
 
 TINY = Size(128, 320, 2, 4, 2, 300)
 
@@ -115,6 +115,16 @@ def test_what_is_compared() -> None:
     assert len(packed) == 2
     assert packed[1].name.startswith("patch ")
     assert packed[0].weight_bytes == made[0].weight_bytes
+
+
+def test_a_compressed_directory_is_compared_as_it_is(tmp_path: Path) -> None:
+    model = convert(masked(tiny()))
+    save_compressed(model, tmp_path / "packed")
+    loaded = load(str(tmp_path / "packed"), torch.device("cpu"), torch.float32)
+    dense, packed = variants(loaded, [], ["eager"])
+    ids = torch.randint(300, (2, 5))
+    assert relative_error(dense.model(ids).logits, model(ids).logits) < 1e-5
+    assert torch.equal(packed.model(ids).logits, model(ids).logits)
 
 
 def test_shared_memory_counts_once() -> None:

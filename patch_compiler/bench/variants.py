@@ -7,7 +7,6 @@ import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ import transformers
 from torch import Tensor, nn
 
 from patch_compiler.hard_mask import HardMask
-from patch_compiler.hf import CHECKPOINT_FILE, load_compressed
 from patch_compiler.linears import apply_masks, mask_of, named_linears, weight_of
 from patch_compiler.module import PatchLinear, convert
 
@@ -41,10 +39,8 @@ def load(source: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """One of SIZES with random weights, a compressed directory, or what `AutoModelForCausalLM` loads."""
     if source in SIZES:
         return random_llama(SIZES[source], device, dtype)
-    if (Path(source) / CHECKPOINT_FILE).is_file():
-        return load_compressed(source, device)
-    model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    return model.to(device).eval()
+    model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device)
+    return model.eval()
 
 
 def variants(model: nn.Module, sparsities: Sequence[float], dense: Sequence[str]) -> list[Variant]:
