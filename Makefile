@@ -44,7 +44,7 @@ gpu: $(NEEDS_INSTALL)
 # attribute that older drivers refuse, and goes on without it.
 sanitize: $(NEEDS_INSTALL)
 	compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 1 $(RUN) -m tests.gpu.sanitized
-	compute-sanitizer --tool racecheck --error-exitcode 1 $(RUN) -m tests.gpu.sanitized
+	$(RUN) -m tests.gpu.racecheck
 
 install: $(INSTALLED)
 

@@ -21,13 +21,14 @@ from transformers import CompileConfig
 
 from benchmarks.decode_bench import relative_error
 from benchmarks.demo_model import demo_model
-from benchmarks.provenance import provenance, results_file, write_results
+from benchmarks.results_file import results_file
 from learning.calibration import calibrate
 from learning.data import token_stream, token_windows
 from learning.evaluation.perplexity import padded
 from learning.models import load_model
 from learning.prune import prune
 from patch_compiler import HardMask, apply_masks, convert, explain
+from patch_compiler.provenance import provenance, write_results
 
 PROMPTS = ("The history of the railway begins in", "Photosynthesis is", "In 1815 the war", "The capital of France")
 SPARSITY = 0.35

@@ -37,13 +37,14 @@ from codegen.gpu import GpuSpec, gpu_here
 from codegen.measure import COLD_BYTES
 from codegen.schedule import Decode, Problem
 from patch_compiler.atomic import atomic_file
+from patch_compiler.provenance import provenance, write_results
 from patch_compiler.tuning_targets import STANDARD
 
 from .decode_bench import ROUNDS, TOLERANCE, Bench, Library, Point, WrongResult, ceilings, isolated
 from .decode_cases import MAPS, Case, cases
 from .decode_plot import roofline
 from .decode_summary import losses, summarise, summary_table
-from .provenance import provenance, results_file, write_results
+from .results_file import results_file
 
 MODELS = tuple(STANDARD)
 TOKENS = (1, 2, 4, 8, 16, 32, 64)

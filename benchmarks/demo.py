@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.demo_model import DemoModelError, demo_model
-from benchmarks.provenance import provenance, write_results
 from learning.calibration import Calibration, calibrate
 from learning.data import describe_source, token_stream, token_windows
 from learning.evaluation.perplexity import generate_texts, padded, perplexity
@@ -46,6 +45,7 @@ from patch_compiler import (
 from patch_compiler.explanation import COLUMNS
 from patch_compiler.linears import decoder_blocks, weight_of
 from patch_compiler.packed import packed_bytes
+from patch_compiler.provenance import provenance, write_results
 from patch_compiler.report import RESULT_COLUMNS, Highlight, Report, Result, Sample, result_rows, write_report
 from patch_compiler.text_table import human_bytes, table
 
@@ -226,7 +226,7 @@ def deploy(
         del model
         sizes = {
             "dense": dense_bytes,
-            "compressed": (directory / "model.patch.safetensors").stat().st_size,
+            "compressed": sum(path.stat().st_size for path in directory.glob("model*.safetensors")),
             "mask": mask_file.stat().st_size,
         }
         say(", ".join(f"{name} {human_bytes(size)}" for name, size in sizes.items()))

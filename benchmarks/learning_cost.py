@@ -1,4 +1,4 @@
-"""What learning masks costs: time and memory of a step, against plain eager PyTorch that does the same; SparseGPT of a block.
+"""What learning masks costs: time and memory of a step, against plain eager PyTorch that does the same.
 
     python -m benchmarks.learning_cost [--cases 135m 1b 7b] [--steps 5] [--output benchmarks/results/learning-cost-<gpu>.json]
 
@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,33 +24,31 @@ from torch import Tensor
 from torch.nn import functional
 
 from learning.budget import Budget
-from learning.one_shot import sparsegpt
 from learning.soft_masks import learned_masks
 from learning.soft_masks.draw import Relaxation
 from learning.soft_masks.learn_config import LearnConfig
 from learning.soft_masks.learned_masks import LearnedMasks
 from learning.soft_masks.noise import NoiseKey
 from learning.soft_masks.priors import Start
-from learning.statistics import InputStatistics
 from learning.training.distributed import Ranks
 from learning.training.loop import recomputing
 from learning.training.next_token_loss import next_token_loss
 from learning.training.optimizer import LearnedOptimizer
+from patch_compiler.bench.random_llama import SIZES, random_llama
 from patch_compiler.linears import named_linears, weight_of
 from patch_compiler.masks import PATTERNS, expand_codes
+from patch_compiler.provenance import provenance, write_results
 from patch_compiler.text_table import table
-from patch_compiler.tile_map import TileKind, TileMap
 
-from .provenance import provenance, results_file, write_results
-from .random_llama import random_llama
+from .results_file import results_file
 
-# hidden, feed-forward, layers, heads, key-value heads; windows and tokens of a micro-batch
-SIZES: dict[str, tuple[tuple[int, int, int, int, int], tuple[int, int]]] = {
-    "135m": ((576, 1536, 30, 9, 3), (16, 1024)),
-    "1b": ((2048, 8192, 16, 32, 8), (2, 4096)),
-    "7b": ((4096, 11008, 32, 32, 32), (1, 4096)),
+# name -> the model's size, windows and tokens of a micro-batch, modes
+CASES: dict[str, tuple[str, tuple[int, int], tuple[str, ...]]] = {
+    "135m": ("smollm2-135m", (16, 1024), ("tile", "joint")),
+    "1b": ("llama-3.2-1b", (2, 4096), ("tile", "joint")),
+    "7b": ("llama-2-7b", (1, 4096), ("tile",)),
 }
-MODES = {"135m": ("tile", "joint"), "1b": ("tile", "joint"), "7b": ("tile",)}
+VOCABULARY = 32000
 
 
 def eager_masked_linear(
@@ -113,11 +112,11 @@ def timed(step: Callable[[int], object], steps: int) -> tuple[float, int]:
 
 
 def measure(size: str, mode: Any, steps: int) -> dict[str, Any]:
-    windows, context = SIZES[size][1]
-    model = random_llama(*SIZES[size][0])
+    name, (windows, context), _ = CASES[size]
+    model = random_llama(replace(SIZES[name], vocabulary=VOCABULARY))
     linears = named_linears(model)
     weights = sum(weight_of(m).numel() for m in linears.values())
-    tokens = torch.randint(32000, (windows, context), device="cuda")
+    tokens = torch.randint(VOCABULARY, (windows, context), device="cuda")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     norm = model.model.layers[0].input_layernorm.weight.requires_grad_()  # so that gradients go all the way back
@@ -164,31 +163,12 @@ def measure(size: str, mode: Any, steps: int) -> dict[str, Any]:
     return found
 
 
-def sparsegpt_block() -> dict[str, Any]:
-    """Seconds for the seven linears of a LLaMA-2-7B block, Hessians given."""
-    shapes = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
-    seconds: dict[str, list[float]] = {}
-    for m, k in shapes:
-        x = torch.randn(2 * k, k, device="cuda")
-        statistics = InputStatistics(2 * k, x.square().mean(0), x.T @ x / (2 * k))
-        weight = torch.randn(m, k, device="cuda").bfloat16()
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        sparsegpt.prune_tiles(weight, statistics, TileMap.full((m, k), TileKind.SPARSE24))
-        torch.cuda.synchronize()
-        seconds.setdefault(f"{m}x{k}", []).append(time.perf_counter() - begin)
-    return {
-        "seconds_per_block": round(sum(sum(s) for s in seconds.values()), 2),
-        "seconds": {shape: [round(s, 3) for s in each] for shape, each in seconds.items()},
-    }
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.learning_cost", description=(__doc__ or "").partition("\n\n")[0]
     )
-    parser.add_argument("--cases", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args(arguments)
@@ -197,15 +177,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     rows = []
     for size in args.cases:
-        for mode in MODES[size]:
+        for mode in CASES[size][2]:
             rows.append(measure(size, mode, args.steps))
             print(rows[-1], flush=True)
             gc.collect()
             torch.cuda.empty_cache()
-    record = {"rows": rows, "sparsegpt": sparsegpt_block()}
-    print(record["sparsegpt"])
     output = args.output or results_file("learning-cost")
-    write_results(output, provenance("benchmarks.learning_cost", arguments), record)
+    write_results(output, provenance("benchmarks.learning_cost", arguments), {"rows": rows})
     columns = ("size", "mode", "precision", "step_ms", "eager_ms", "dense_ms", "bytes_per_weight", "eager_bytes_per_weight")
     print(table([tuple(row.get(c, "–") for c in columns) for row in rows], columns))
     return 0

@@ -21,10 +21,11 @@ from codegen import cost_model
 from codegen.fit import Measurement, measurements_of, read_measurements
 from codegen.gpu import gpu_here
 from patch_compiler.autotune import autotune, compile_candidates
+from patch_compiler.provenance import provenance, write_results
 from patch_compiler.text_table import table
 from patch_compiler.tuning_targets import Target, standard_targets
 
-from .provenance import provenance, results_file, write_results
+from .results_file import results_file
 
 MODELS = ("llama-3.1-8b", "qwen2.5-0.5b")
 SPARSITIES = (0.3, 0.4, 0.48)

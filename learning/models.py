@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from patch_compiler.hf import CHECKPOINT_FILE, load_compressed
+from patch_compiler.hf import is_compressed, load_compressed
 
 PRUNING_RECORD = "pruning.json"  # settings and reached sparsity, beside what `python -m learning prune` and `learn` write
 
@@ -76,16 +76,11 @@ def load_skeleton(name_or_path: str | os.PathLike[str]) -> nn.Module:
         return AutoModelForCausalLM.from_config(config)
 
 
-def is_compressed(path: str | os.PathLike[str]) -> bool:
-    """Whether this is a directory written by `patch_compiler.hf.save_compressed`."""
-    return (Path(path).expanduser() / CHECKPOINT_FILE).is_file()
-
-
 def _hf_source(source: str) -> str:
     """What transformers shall load: an existing directory or a hub id."""
     path = Path(source).expanduser()
     if path.is_dir() and not (path / "config.json").is_file():
-        raise ValueError(f"model directory {source!r} holds neither config.json, {CHECKPOINT_FILE} nor a .gguf file")
+        raise ValueError(f"model directory {source!r} holds neither config.json nor a .gguf file")
     if not path.is_dir() and (path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise ValueError(f"model {source!r}: no such directory or .gguf file")
     return str(path) if path.is_dir() else source
@@ -135,10 +130,8 @@ def _load_compressed(path: Path, dtype: torch.dtype | None, device: torch.device
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"compressed model {path.name!r}: its directory holds no tokenizer ({_first_line(error)})") from error
-    model: Any = load_compressed(path, device=device)
-    return LoadedModel(
-        model.to(dtype=dtype).eval() if dtype else model.eval(), tokenizer, path.resolve().name, _how_pruned(path)
-    )
+    model = load_compressed(path, device, dtype or "auto")
+    return LoadedModel(model, tokenizer, path.resolve().name, _how_pruned(path))
 
 
 def _how_pruned(path: Path) -> str | None:

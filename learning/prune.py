@@ -134,7 +134,8 @@ def _prune_blocks(
                 with InputCollector(block, members, hessian) as collector:
                     runner.run(i, advance=False)
                 statistics = collector.statistics()
-                for name, module in members.items():
+                for name in list(statistics):  # each goes as soon as its last layer is pruned
+                    module = members[name]
                     _prune_layer(name, module, prune_one(name, weight_of(module), statistics.pop(name)), result)
             if i < last:
                 runner.run(i, advance=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,11 +17,13 @@ class InputStatistics:
 
     mean_square: float32 [K], mean over tokens of x_j²; its root is Wanda's column norm up to a constant.
     hessian: float32 [K, K], mean over tokens of x xᵀ, or None if only `mean_square` was asked for.
+    factors: of the Hessian's inverse, kept by one_shot/hessian.py for the other layers that share this input.
     """
 
     tokens: int
     mean_square: Tensor
     hessian: Tensor | None = None
+    factors: dict[Hashable, Tensor | None] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def to(self, device: torch.device | str) -> InputStatistics:
         return InputStatistics(
@@ -108,6 +110,7 @@ class InputCollector:
     def statistics(self) -> dict[str, InputStatistics]:
         """layer -> InputStatistics, the same object for all that share; the collector lets go of them.
 
+        Layers that share come one after another, so that what they share can go before the next is needed.
         Raises ValueError naming a linear that no token reached or whose inputs hold infinities or NaN.
         """
         shared = {}
@@ -122,4 +125,5 @@ class InputCollector:
         missing = [name for name in self._linears if self._leader.get(name) not in shared]
         if missing:
             raise ValueError(f"{missing[0]}: no calibration token reached this layer ({len(missing)} such in this block)")
-        return {name: shared[self._leader[name]] for name in self._linears}
+        leaders = dict.fromkeys(self._leader[name] for name in self._linears)
+        return {name: shared[leader] for leader in leaders for name in self._linears if self._leader[name] == leader}

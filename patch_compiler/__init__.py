@@ -1,7 +1,7 @@
 """Hybrid dense/2:4 tile sparsity for language models: vocabulary, files, and the compiler's front door.
 
 Names are loaded on first use: torch imports this package by itself when it looks for the `patch` backend or parses
-`TORCH_LOGS=+patch_compiler`, before it is ready to be used.
+`TORCH_LOGS=+patch_compiler`, before it is ready to be used. Importing it is all that `from_pretrained` of packed models needs.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ._registration import register
 from ._versions import check_versions
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from .linears import apply_masks, named_linears
     from .module import PatchLinear, convert
     from .packed import PackedWeight, pack, unpack
+    from .quantizer import PatchConfig
     from .tile_map import TileKind, TileMap
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "Explanation",
     "HardMask",
     "PackedWeight",
+    "PatchConfig",
     "PatchLinear",
     "Site",
     "TileKind",
@@ -54,6 +57,7 @@ _HOME = {
     "linears": ("apply_masks", "named_linears"),
     "module": ("PatchLinear", "convert"),
     "packed": ("PackedWeight", "pack", "unpack"),
+    "quantizer": ("PatchConfig",),
     "tile_map": ("TileKind", "TileMap"),
 }
 
@@ -70,3 +74,4 @@ def __dir__() -> list[str]:
 
 
 check_versions()
+register()

@@ -1,16 +1,6 @@
-"""The two files of the project, both safetensors with a JSON header: the mask file and the compressed checkpoint."""
+"""The project's own file, the mask file, and the error for whatever is wrong with it or with a packed checkpoint."""
 
-from .checkpoint_file import CheckpointFile, LayerHeader, load_checkpoint, save_checkpoint
 from .container import ArtifactError
 from .mask_file import MaskFile, load_masks, save_masks
 
-__all__ = [
-    "ArtifactError",
-    "CheckpointFile",
-    "LayerHeader",
-    "MaskFile",
-    "load_checkpoint",
-    "load_masks",
-    "save_checkpoint",
-    "save_masks",
-]
+__all__ = ["ArtifactError", "MaskFile", "load_masks", "save_masks"]

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-OUR_FILES = ("model.patch.safetensors", "mask.safetensors", "pruning.json")
+OUR_FILES = ("mask.safetensors", "pruning.json")
 OUR_DIRECTORIES = ("additional_chat_templates",)  # written by tokenizers that have several
 
 

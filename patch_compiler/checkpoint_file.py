@@ -1,135 +1,170 @@
-"""The compressed checkpoint: a converted model's state dict in one file.
+"""The packed layers of a transformers checkpoint: how config.json describes them, and what is checked before one is made.
 
-Per PatchLinear "<layer>.values", "<layer>.indices", "<layer>.kinds" (layout: `patch_compiler.packed`) and, if it has one,
-"<layer>.bias"; every other tensor of the model under its own name, tied tensors once.
+`quantization_config` in config.json holds `quant_method` "patch", `version`, `provenance` and `layers`: by module path the
+shape (M, K) and the tile (b1, b2). The tensors lie in the checkpoint's safetensors files, in one or in several shards: per
+packed layer "<layer>.values", "<layer>.indices", "<layer>.kinds" (layout: `patch_compiler.packed`), if it has one
+"<layer>.bias", and "<layer>.weight", one byte that is never read. A transformers where the method is not registered skips
+what it does not know and draws missing weights at random; with a weight of another shape it stops with an error.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .container import DTYPES, Container, check_sizes, open_container, short, write
+from .container import (
+    DTYPES,
+    VERSION,
+    ArtifactError,
+    Container,
+    check_header,
+    check_sizes,
+    check_total,
+    json_text,
+    open_safetensors,
+)
 from .packed import NIBBLE_OF_CODE, PackedWeight, packed_sizes, sparse24_groups
 from .tile_map import GROUP, TileKind, TileMap
 
-FORMAT = "patch-checkpoint"
-VALUE_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values() if dtype.is_floating_point}
-PARTS = ("values", "indices", "kinds", "bias")
+METHOD = "patch"
+FLOATS = {name: dtype for name, dtype in DTYPES.items() if dtype.is_floating_point}
+PACKED_PARTS = ("values", "indices", "kinds")
+PARTS = (*PACKED_PARTS, "bias", "weight")
 
 
 @dataclass(frozen=True)
-class LayerHeader:
-    """What the header says of one packed layer: shape (M, K), tile (b1, b2), dtype of the values."""
+class PackedLayer:
+    """What a checkpoint holds for one layer."""
 
-    shape: tuple[int, int]
-    tile: tuple[int, int]
-    dtype: torch.dtype
+    tile_map: TileMap
+    bias: bool
 
 
 @dataclass(frozen=True)
-class CheckpointFile:
-    """tensors: the state dict, on the CPU, mapped from the file where safetensors can. layers: by module path."""
+class Shards(Container):
+    """All files of one checkpoint as one. path: its config.json; homes: the file that holds each tensor, and its handle."""
 
-    tensors: dict[str, Tensor]
-    layers: dict[str, LayerHeader]
-    provenance: dict[str, Any]
+    homes: Mapping[str, tuple[Path, Any]]
 
-    def packed(self, layer: str) -> PackedWeight:
-        header = self.layers[layer]
-        values, indices, kinds = (self.tensors[f"{layer}.{part}"] for part in PARTS[:3])
-        return PackedWeight(TileMap(header.shape, header.tile, kinds), values, indices)
+    def error(self, message: str, layer: str | None = None) -> ArtifactError:
+        if layer is None or f"{layer}.kinds" not in self.homes:
+            return super().error(message, layer)
+        return ArtifactError(f"{self.homes[f'{layer}.kinds'][0]}: layer {layer!r}: {message}")
+
+    def size(self) -> int:
+        return sum(os.path.getsize(path) for path in {path for path, _ in self.homes.values()})
+
+    def read(self, name: str) -> Tensor:
+        path, handle = self.homes[name]
+        return Container(path, {}, self.specs, handle).read(name)
+
+    def layers_of(self) -> dict[str, tuple[TileMap, str]]:
+        """Tile map and safetensors' name of the values' dtype, by layer. Raises ArtifactError naming file and layer."""
+        found = {}
+        for name, _, shape, tile in self.layers({"shape", "tile"}):
+            kinds = self.read_part(name, "kinds", torch.uint8, TileMap.grid_of(shape, tile))
+            if int(kinds.max()) > max(TileKind):
+                raise self.error(f"tile kind {int(kinds.max())}: kinds run from 0 to {int(max(TileKind))}", name)
+            tile_map = TileMap(shape, tile, kinds.clone())
+            found[name] = tile_map, self.float_dtype(name, "values", packed_sizes(tile_map)[:1])
+        return found
+
+    def float_dtype(self, layer: str, part: str, shape: tuple[int, ...]) -> str:
+        """Safetensors' name for the dtype of "<layer>.<part>". Raises ArtifactError unless it is a float of this shape."""
+        if f"{layer}.{part}" not in self.specs:
+            raise self.error(f"tensor {part!r} is missing", layer)
+        dtype, found = self.specs[f"{layer}.{part}"]
+        if dtype not in FLOATS or found != shape:
+            raise self.error(f"{part} is {dtype} {found}, it must be one of {', '.join(FLOATS)} {shape}", layer)
+        return dtype
 
 
-def save_checkpoint(
-    path: str | os.PathLike[str],
-    tensors: Mapping[str, Tensor],
-    layers: Mapping[str, LayerHeader],
-    *,
-    provenance: Mapping[str, Any] | None = None,
-) -> None:
-    """Write the checkpoint, atomically. tensors: the state dict without tied copies.
-
-    Raises ValueError naming the layer when its tensors do not fit its header, or two tensors that share memory.
+def describe(layers: Mapping[str, TileMap], provenance: Mapping[str, Any], file_bytes: int) -> dict[str, Any]:
+    """`quantization_config` for these layers. Raises ValueError for sizes that no reader would accept, naming the layer, and
+    for a provenance that cannot be JSON.
     """
-    weights, entries = 0, {}
-    file = CheckpointFile(dict(tensors), dict(layers), {})
-    for name, header in layers.items():
-        dtype = str(header.dtype).removeprefix("torch.")
+    weights = 0
+    for name, tile_map in layers.items():
         try:
-            weights += check_sizes(header.shape, header.tile)
-            if dtype not in VALUE_DTYPES:
-                raise ValueError(f"values of dtype {dtype}: the file knows {', '.join(VALUE_DTYPES)}")
-            missing = [part for part in PARTS[:3] if f"{name}.{part}" not in tensors]
-            if missing:
-                raise ValueError(f"tensor {missing[0]!r} is missing")
-            packed = file.packed(name)
-            if packed.dtype != header.dtype:
-                raise ValueError(f"values are {packed.dtype}, the header says {header.dtype}")
+            weights += check_sizes(tile_map.shape, tile_map.tile)
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from None
-        entries[name] = {"shape": header.shape, "tile": header.tile, "dtype": dtype}
-    write(path, FORMAT, {"provenance": dict(provenance or {}), "layers": entries}, tensors, weights)
+    check_total(weights, file_bytes)
+    entries = {name: {"shape": list(m.shape), "tile": list(m.tile)} for name, m in layers.items()}
+    description = {"quant_method": METHOD, "version": VERSION, "layers": entries, "provenance": dict(provenance)}
+    json_text(description)
+    return description
 
 
-def load_checkpoint(path: str | os.PathLike[str]) -> CheckpointFile:
-    """Read and check a checkpoint; needs no GPU. Raises ArtifactError naming the file and, where there is one, the layer."""
-    layers, tensors = {}, {}
-    with open_container(path, FORMAT, set()) as file:
-        for name, entry, shape, tile in file.layers({"shape", "tile", "dtype"}):
-            dtype = VALUE_DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
-            if dtype is None:
-                raise file.error(f"dtype {short(entry['dtype'])}: the values may be {', '.join(VALUE_DTYPES)}", name)
-            layers[name] = LayerHeader(shape, tile, dtype)
-        _check_names(file, layers)
-        for name, header in layers.items():
-            tensors.update(_read_layer(file, name, header))
-        for name in file.specs:
-            if name not in tensors:
-                tensors[name] = file.read(name)
-        return CheckpointFile(tensors, layers, file.header["provenance"])
+@contextmanager
+def open_shards(files: Iterable[str | os.PathLike[str]], description: Mapping[str, Any], config: Path) -> Iterator[Shards]:
+    """The checkpoint of these files. description: `quantization_config` of `config`, a path for messages.
+
+    Raises ArtifactError if a file is not whole, the description is of another version, or a tensor stands in two files.
+    """
+    check_header(config, description, {"quant_method"})
+    homes: dict[str, tuple[Path, Any]] = {}
+    specs: dict[str, tuple[str, tuple[int, ...]]] = {}
+    with ExitStack() as stack:
+        for path in map(Path, files):
+            handle, found = open_safetensors(path)
+            stack.enter_context(handle)
+            if twice := specs.keys() & found.keys():
+                raise ArtifactError(f"{path}: tensor {min(twice)!r} is in {homes[min(twice)][0].name} too")
+            specs.update(found)
+            homes.update(dict.fromkeys(found, (path, handle)))
+        yield Shards(config, dict(description), specs, None, homes)
 
 
-def _check_names(file: Container, layers: Mapping[str, LayerHeader]) -> None:
-    """Every tensor under a packed layer's path must be one of its four parts."""
-    for name in file.specs:
+def check_layers(shards: Shards) -> dict[str, PackedLayer]:
+    """The packed layers, by module path, after everything in them but the values was checked.
+
+    Raises ArtifactError naming the file and, where there is one, the layer.
+    """
+    layers = shards.layers_of()
+    _check_names(shards, layers.keys())
+    return {name: _check_layer(shards, name, tile_map) for name, (tile_map, _) in layers.items()}
+
+
+def _check_names(shards: Shards, layers: Iterable[str]) -> None:
+    """Every tensor under a packed layer's path must be one of its parts."""
+    known = set(layers)
+    for name in shards.specs:
         prefix, part = name, ""
         while "." in prefix:
             prefix, _, last = prefix.rpartition(".")
             part = f"{last}.{part}" if part else last
-            if prefix in layers and part not in PARTS:
-                raise file.error(f"tensor {part!r} is none of {', '.join(PARTS)}", prefix)
+            if prefix in known and part not in PARTS:
+                raise shards.error(f"tensor {part!r} is none of {', '.join(PARTS)}", prefix)
 
 
-def _read_layer(file: Container, name: str, header: LayerHeader) -> dict[str, Tensor]:
-    kinds = file.read_part(name, "kinds", torch.uint8, TileMap.grid_of(header.shape, header.tile))
-    if int(kinds.max()) > max(TileKind):
-        raise file.error(f"tile kind {int(kinds.max())}: kinds run from 0 to {int(max(TileKind))}", name)
-    tile_map = TileMap(header.shape, header.tile, kinds)
-    nnz, index_bytes = packed_sizes(tile_map)
-    indices = file.read_part(name, "indices", torch.uint8, (index_bytes,))
-    values = file.read_part(name, "values", header.dtype, (nnz,))
-    _check_indices(file, name, indices, int(sparse24_groups(tile_map).sum()))
-    if header.shape[1] % GROUP:
+def _check_layer(shards: Shards, name: str, tile_map: TileMap) -> PackedLayer:
+    specs, (nnz, index_bytes) = shards.specs, packed_sizes(tile_map)
+    indices = shards.read_part(name, "indices", torch.uint8, (index_bytes,))
+    _check_indices(shards, name, indices, int(sparse24_groups(tile_map).sum()))
+    if tile_map.shape[1] % GROUP:
         try:
-            PackedWeight(tile_map, values, indices).hard_mask()  # a partial group's pattern must keep inputs that exist
+            # a partial group's pattern must keep inputs that exist
+            PackedWeight(tile_map, torch.empty(nnz, device="meta"), indices).hard_mask()
         except ValueError as error:
-            raise file.error(str(error), name) from None
-    parts = {"values": values, "indices": indices, "kinds": kinds}
-    if f"{name}.bias" in file.specs:
-        dtype, shape = file.specs[f"{name}.bias"]
-        if DTYPES.get(dtype) not in VALUE_DTYPES.values() or shape != header.shape[:1]:
-            raise file.error(f"bias is {dtype} {shape}, it must be floating point {header.shape[:1]}", name)
-        parts["bias"] = file.read(f"{name}.bias")
-    return {f"{name}.{part}": tensor for part, tensor in parts.items()}
+            raise shards.error(str(error), name) from None
+    bias = f"{name}.bias" in specs
+    if bias:
+        shards.float_dtype(name, "bias", tile_map.shape[:1])
+    if specs.get(f"{name}.weight", ("U8", (1,))) != ("U8", (1,)):
+        dtype, shape = specs[f"{name}.weight"]
+        raise shards.error(f"weight is {dtype} {shape}: a packed layer has one byte under this name", name)
+    return PackedLayer(tile_map, bias)
 
 
-def _check_indices(file: Container, name: str, indices: Tensor, groups: int) -> None:
+def _check_indices(shards: Shards, name: str, indices: Tensor, groups: int) -> None:
     """Every half byte names one of the six patterns; the unused half of the last byte is zero."""
     valid = torch.zeros(16, dtype=torch.bool)
     valid[list(NIBBLE_OF_CODE)] = True
@@ -139,4 +174,4 @@ def _check_indices(file: Container, name: str, indices: Tensor, groups: int) -> 
         last = int(indices[-1])
         bad += not (last < 16 and bool(valid[last]))
     if bad:
-        raise file.error(f"{bad} bytes of the indices hold no 2:4 pattern", name)
+        raise shards.error(f"{bad} bytes of the indices hold no 2:4 pattern", name)

@@ -1,8 +1,8 @@
-"""One safetensors file with our JSON header: what the mask file and the compressed checkpoint have in common.
+"""Safetensors with a JSON header: what the mask file and the packed layers of a checkpoint have in common.
 
-The safetensors metadata holds one entry, "patch": a JSON header, which always has `format` (the kind of file), `version`,
-`layers` (one object a layer) and `provenance`. Nothing read from a file is trusted: sizes are checked as Python integers,
-against limits and against each other, before memory is taken for them.
+A header always has `version`, `layers` (one object a layer) and `provenance`. The mask file holds it in its safetensors
+metadata, as the one entry "patch", with `format` (the kind of file); a checkpoint's stands in config.json. Nothing read from
+a file is trusted: sizes are checked as Python integers, against limits and against each other, before memory is taken.
 """
 
 from __future__ import annotations
@@ -48,6 +48,10 @@ class Container:
     def error(self, message: str, layer: str | None = None) -> ArtifactError:
         return ArtifactError(f"{self.path}: {message}" if layer is None else f"{self.path}: layer {layer!r}: {message}")
 
+    def size(self) -> int:
+        """Bytes on disk."""
+        return os.path.getsize(self.path)
+
     def read(self, name: str) -> Tensor:
         """One tensor on the CPU, as it is. Raises ArtifactError if safetensors or torch cannot make it."""
         try:
@@ -78,7 +82,7 @@ class Container:
                 raise self.error(str(error), name) from None
             checked.append((name, entry, shape, tile))
         try:
-            check_total(weights, os.path.getsize(self.path))
+            check_total(weights, self.size())
         except ValueError as error:
             raise self.error(str(error)) from None
         yield from checked
@@ -120,9 +124,9 @@ def write(
     Raises ValueError if the header cannot be JSON, or for tensors that share memory.
     """
     try:
-        text = json.dumps({"format": kind, "version": VERSION, **header}, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: provenance must be plain JSON values: {error}") from None
+        text = json_text({"format": kind, "version": VERSION, **header})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     owners: dict[tuple[torch.device, int], str] = {}
     for name, tensor in tensors.items():
         owner = owners.setdefault((tensor.device, tensor.data_ptr()), name) if tensor.numel() else name
@@ -134,6 +138,14 @@ def write(
         check_total(weights, partial.stat().st_size)
 
 
+def json_text(header: Mapping[str, Any]) -> str:
+    """Raises ValueError if it cannot be JSON; all of a header but the provenance is ours."""
+    try:
+        return json.dumps(header, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"provenance must be plain JSON values: {error}") from None
+
+
 @contextmanager
 def open_container(path: str | os.PathLike[str], kind: str, keys: set[str]) -> Iterator[Container]:
     """Open and check a file of the given kind. keys: what the header must hold besides version, layers and provenance.
@@ -141,28 +153,37 @@ def open_container(path: str | os.PathLike[str], kind: str, keys: set[str]) -> I
     Raises ArtifactError for anything but a whole file of this kind and version.
     """
     path = Path(path)
+    handle, specs = open_safetensors(path)
+    with handle:
+        header = _parse(path, (handle.metadata() or {}).get("patch"))
+        if header.get("format") != kind:
+            raise ArtifactError(f"{path}: its format is {short(header.get('format'))}, not {kind!r}")
+        check_header(path, header, {"format", *keys})
+        yield Container(path, header, specs, handle)
+
+
+def open_safetensors(path: Path) -> tuple[Any, Mapping[str, tuple[str, tuple[int, ...]]]]:
+    """A safetensors file and, of every tensor in it, dtype and shape. Raises ArtifactError unless the file is whole."""
     if not path.is_file():
         raise ArtifactError(f"{path}: no such file")
     try:
         handle = safe_open(str(path), framework="pt")
-        metadata = handle.metadata() or {}
         slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (safe_open is no mapping)
-        specs = {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+        return handle, {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
     except Exception as error:
         raise ArtifactError(f"{path}: not a whole safetensors file: {error}") from error
-    header = _parse(path, metadata.get("patch"))
-    if header.get("format") != kind:
-        raise ArtifactError(f"{path}: its format is {short(header.get('format'))}, not {kind!r}")
+
+
+def check_header(path: Path, header: Mapping[str, Any], keys: set[str]) -> None:
+    """Raises ArtifactError unless it is of this version and holds version, layers, provenance and `keys`."""
     if type(header.get("version")) is not int or header["version"] != VERSION:
         raise ArtifactError(f"{path}: format version {short(header.get('version'))}; this release reads version {VERSION}")
-    expected = {"format", "version", "layers", "provenance", *keys}
+    expected = {"version", "layers", "provenance", *keys}
     if set(header) != expected:
         raise ArtifactError(f"{path}: the header holds {sorted(header)!r:.200}, it must hold {sorted(expected)}")
     for key in ("layers", "provenance"):
         if not isinstance(header[key], dict):
             raise ArtifactError(f"{path}: {key} in the header must be an object, not a {type(header[key]).__name__}")
-    with handle:
-        yield Container(path, header, specs, handle)
 
 
 def _parse(path: Path, text: str | None) -> dict[str, Any]:

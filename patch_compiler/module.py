@@ -60,6 +60,15 @@ class PatchLinear(nn.Module):
         indices = torch.full((index_bytes,), 0x44, dtype=torch.uint8, device=device)
         return cls(PackedWeight(tile_map, values, indices), torch.empty(shape[0], dtype=dtype, device=device) if bias else None)
 
+    def settle(self) -> None:
+        """Go over to the layout of the device after a loader has put canonical tensors of this map into the buffers."""
+        self._hold(store(PackedWeight(self.tile_map, self.values, self.indices)))
+
+    @property
+    def weight(self) -> Tensor:
+        """The packed values: not the matrix, but models and PEFT ask a layer's weight for its device and dtype."""
+        return self.values
+
     @property
     def stored(self) -> StoredWeight:
         return StoredWeight(self.tile_map, self.layout, self.values, self.indices, self.kinds, self.panel_starts)
@@ -68,6 +77,18 @@ class PatchLinear(nn.Module):
     def packed(self) -> PackedWeight:
         """The canonical form, on the layer's device."""
         return self.stored.packed()
+
+    def keep_part(self, rows: tuple[int, int], columns: tuple[int, int], bias: bool) -> None:
+        """Become the layer of W[rows, columns] (each first and one past the last), in place; bias: whether with its part of it.
+
+        Raises ValueError as `packed.cut`, before anything is changed.
+        """
+        part = self.stored.part(rows, columns)
+        self.tile_map = part.tile_map
+        self.out_features, self.in_features = part.tile_map.shape
+        self._hold(part)
+        if self.bias is not None:
+            self.bias = nn.Parameter(self.bias[slice(*rows)].clone(), self.bias.requires_grad) if bias else None
 
     def dense_weight(self) -> Tensor:
         """A dense copy [M, K] with +0.0 in the masked places."""
@@ -157,8 +178,9 @@ def convert(model: nn.Module, masks: Mapping[str, HardMask] | None = None) -> nn
     """Swap linears for PatchLinear in place; the dense weights are freed one by one. Returns the model.
 
     masks: by module path; default: the masks attached by `apply_masks` or by pruning. Weights that the mask drops are
-    dropped whatever they hold. Raises ValueError if a name or shape does not match (nothing is changed then) or if
-    there is nothing to convert.
+    dropped whatever they hold. `save_pretrained` of a transformers model writes packed layers afterwards.
+
+    Raises ValueError if a name or shape does not match (nothing is changed then) or if there is nothing to convert.
     """
     if masks is None:
         masks = {name: mask for name, m in model.named_modules() if (mask := mask_of(m)) is not None}
@@ -183,4 +205,8 @@ def convert(model: nn.Module, masks: Mapping[str, HardMask] | None = None) -> nn
         parent, _, attribute = place.rpartition(".")
         setattr(model.get_submodule(parent), attribute, converted[id(module)])
         del module
+    if any(base.__name__ == "PreTrainedModel" for base in type(model).__mro__):
+        from .quantizer import attach  # imports transformers, which other models do not need
+
+        attach(model)
     return model

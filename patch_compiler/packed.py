@@ -13,6 +13,7 @@ Nothing is padded: a bf16 2:4 tile takes exactly 0.5625 of a dense tile's bytes,
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -141,6 +142,31 @@ def unpack(packed: PackedWeight) -> Tensor:
         shape = (part.shape[0], part.shape[1])
         part.copy_(from_tiles(tiles.view(*TileMap.grid_of(shape, tile_map.tile), *tile_map.tile), shape))
     return weight.view(packed.dtype)
+
+
+def cut(packed: PackedWeight, rows: tuple[int, int], columns: tuple[int, int]) -> PackedWeight:
+    """W[rows, columns], each first and one past the last. Tiles become smaller where an edge would cut through them.
+
+    Takes a dense copy of W for a moment. Raises ValueError for an empty or missing range and where a group of four inputs
+    would be cut.
+    """
+    tile_map = packed.tile_map
+    for name, (first, last), size in zip(("rows", "columns"), (rows, columns), tile_map.shape, strict=True):
+        if not 0 <= first < last <= size:
+            raise ValueError(f"{name} {first} to {last}: a part needs 0 <= first < last <= {size}")
+    if columns[0] % GROUP or (columns[1] % GROUP and columns[1] != tile_map.shape[1]):
+        raise ValueError(f"columns {columns[0]} to {columns[1]} cut through a group of {GROUP} inputs that share a 2:4 pattern")
+    tile = (_common(tile_map.tile[0], rows, tile_map.shape[0]), _common(tile_map.tile[1], columns, tile_map.shape[1]))
+    fine, codes = tile_map.refined(tile), packed.hard_mask().codes
+    panels, places = (slice(a // t, -(-b // t)) for (a, b), t in zip((rows, columns), tile, strict=True))
+    part = TileMap((rows[1] - rows[0], columns[1] - columns[0]), tile, fine.kinds[panels, places])
+    own = codes[slice(*rows), columns[0] // GROUP : -(-columns[1] // GROUP)]
+    return pack(unpack(packed)[slice(*rows), slice(*columns)], HardMask(part, own.clone()))
+
+
+def _common(tile: int, edges: tuple[int, int], size: int) -> int:
+    """The largest part of a tile that divides both edges; the weight's own end may be ragged."""
+    return math.gcd(tile, edges[0], edges[1] if edges[1] != size else 0)
 
 
 def _bits(x: Tensor) -> Tensor:

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from codegen.formats.slab_map import slab_map
 from codegen.formats.slabs import Slabs, from_slabs, to_slabs
-from codegen.formats.slices import concatenate, slice_panels
+from codegen.formats.slices import concatenate, slice_columns, slice_panels
 from codegen.runtime import order_for
 
-from .packed import PackedWeight
+from .packed import PackedWeight, cut
 from .tile_map import TileMap
 
 Layout = Literal["canonical", "rows", "fragments"]
@@ -66,6 +66,26 @@ class StoredWeight:
             self.kinds.copy_(other.kinds)
         self.panel_starts.copy_(other.panel_starts)
         _settle(self.values.device)
+
+    def part(self, rows: tuple[int, int], columns: tuple[int, int]) -> StoredWeight:
+        """W[rows, columns], each first and one past the last, in memory of its own. Errors: see `packed.cut`.
+
+        Slabs are cut as they are where tiles stay whole, without a dense copy.
+        """
+        edges = zip((rows, columns), self.tile_map.shape, self.tile_map.tile, strict=True)
+        whole = all(0 <= a < b <= size and a % t == 0 and (b % t == 0 or b == size) for (a, b), size, t in edges)
+        if self.layout == "canonical" or not whole:
+            return store(cut(self.packed(), rows, columns))
+        (panel, end), (place, last) = (
+            (a // t, -(-b // t)) for (a, b), t in zip((rows, columns), self.tile_map.tile, strict=True)
+        )
+        slabs = slice_panels(self._slabs(), panel, end)
+        if (place, last) != (0, self.tile_map.grid[1]):
+            slabs = slice_columns(slabs, place, last)
+        found = _of_slabs(slabs, slabs.tile_map.kinds.to(self.kinds.device, copy=True))
+        found = replace(found, values=found.values.clone(), indices=found.indices.clone())
+        _settle(self.values.device)
+        return found
 
     def _slabs(self) -> Slabs:
         assert self.layout != "canonical"

@@ -100,6 +100,13 @@ class TileMap:
         shape = (sum(m.shape[0] for m in maps), maps[0].shape[1])
         return cls(shape, maps[0].tile, torch.cat([m.kinds for m in maps]))
 
+    def refined(self, tile: tuple[int, int]) -> TileMap:
+        """The same kinds in smaller tiles. Raises ValueError unless they divide these."""
+        if self.tile[0] % tile[0] or self.tile[1] % tile[1]:
+            raise ValueError(f"tiles of {self.tile[0]}x{self.tile[1]} cannot be cut into {tile[0]}x{tile[1]}")
+        (m, k), (b1, b2) = self.grid_of(self.shape, tile), (self.tile[0] // tile[0], self.tile[1] // tile[1])
+        return TileMap(self.shape, tile, self.kinds.repeat_interleave(b1, 0).repeat_interleave(b2, 1)[:m, :k])
+
     # ---- sizes, exact for ragged edges
 
     @property

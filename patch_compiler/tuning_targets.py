@@ -13,9 +13,10 @@ from torch import nn
 
 from codegen.fit import scattered
 
-from . import checkpoint_file, mask_file
-from .container import ArtifactError, Container, open_container
-from .hf import CHECKPOINT_FILE, MASK_FILE
+from . import mask_file
+from .checkpoint_file import FLOATS, open_shards
+from .container import Container, open_container
+from .hf import MASK_FILE, check_directory, is_compressed
 from .linears import mask_of, named_linears
 from .module import PatchLinear
 from .tile_map import TileMap
@@ -81,10 +82,12 @@ def _layers_of_path(source: str) -> dict[str, tuple[TileMap, str]]:
     if path.is_file():
         return _read(path, None)
     if path.is_dir():
-        for name in (MASK_FILE, CHECKPOINT_FILE):
-            if (path / name).is_file():
-                return _read(path / name, _config_dtype(path / "config.json"))
-        raise ValueError(f"{source}: holds neither {MASK_FILE} nor {CHECKPOINT_FILE}")
+        if (path / MASK_FILE).is_file():
+            return _read(path / MASK_FILE, _config_dtype(path / "config.json"))
+        if is_compressed(path):
+            check_directory(path)
+            return _read_checkpoint(path)
+        raise ValueError(f"{source}: holds neither {MASK_FILE} nor a packed model")
     if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise ValueError(f"{source}: no such file or directory")
     return _read(_from_hub(source, MASK_FILE), _config_dtype(_from_hub(source, "config.json")))
@@ -113,22 +116,21 @@ def _config_dtype(path: Path) -> str | None:
 
 
 def _read(path: Path, dtype: str | None) -> dict[str, tuple[TileMap, str]]:
-    """Shapes and kinds of a mask file or a compressed checkpoint; the patterns, a hundred times as large, are left alone."""
-    try:
-        with open_container(path, mask_file.FORMAT, {"base_model"}) as file:
-            return {
-                name: (_tile_map(file, name, shape, tile), dtype or DEFAULT_DTYPE)
-                for name, _, shape, tile in file.layers({"shape", "tile"})
-            }
-    except ArtifactError as error:
-        try:
-            with open_container(path, checkpoint_file.FORMAT, set()) as file:
-                return {
-                    name: (_tile_map(file, name, shape, tile), str(entry["dtype"]))
-                    for name, entry, shape, tile in file.layers({"shape", "tile", "dtype"})
-                }
-        except ArtifactError:
-            raise error from None
+    """Shapes and kinds of a mask file; the patterns, a hundred times as large, are left alone."""
+    with open_container(path, mask_file.FORMAT, {"base_model"}) as file:
+        return {
+            name: (_tile_map(file, name, shape, tile), dtype or DEFAULT_DTYPE)
+            for name, _, shape, tile in file.layers({"shape", "tile"})
+        }
+
+
+def _read_checkpoint(directory: Path) -> dict[str, tuple[TileMap, str]]:
+    """The same of a packed model that `save_pretrained` wrote."""
+    config = directory / "config.json"
+    description = json.loads(config.read_text(encoding="utf-8"))["quantization_config"]
+    with open_shards(sorted(directory.glob("model*.safetensors")), description, config) as shards:
+        layers = shards.layers_of()
+        return {name: (tile_map, str(FLOATS[dtype]).removeprefix("torch.")) for name, (tile_map, dtype) in layers.items()}
 
 
 def _tile_map(file: Container, name: str, shape: tuple[int, int], tile: tuple[int, int]) -> TileMap:

@@ -1,5 +1,4 @@
-"""Mask file and compressed checkpoint: what is saved comes back, and no damaged or hostile file does anything but raise one
-ArtifactError."""
+"""The mask file: what is saved comes back, and no damaged or hostile file does anything but raise one ArtifactError."""
 
 from __future__ import annotations
 
@@ -12,19 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from patch_compiler.artifact import ArtifactError, LayerHeader, load_checkpoint, load_masks, save_checkpoint, save_masks
+from patch_compiler.artifact import ArtifactError, load_masks, save_masks
 from patch_compiler.hard_mask import HardMask
-from patch_compiler.masks import apply_mask
-from patch_compiler.packed import pack, unpack
 from patch_compiler.tile_map import TileMap
 
-FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+from .damage import FUZZ, HOSTILE_SIZES, JSON, damage
 
 
 def random_mask(shape: tuple[int, int], tile: tuple[int, int], generator: torch.Generator | None = None) -> HardMask:
@@ -65,28 +62,6 @@ def test_masks_round_trip(tmp_path: Path, found: list[HardMask]) -> None:
     assert (file.base_model, file.provenance) == ("org/model", {"method": "wanda", "sparsity": 0.35})
 
 
-@given(masks(), st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64]), st.booleans())
-@FUZZ
-def test_checkpoint_round_trip(tmp_path: Path, mask: HardMask, dtype: torch.dtype, bias: bool) -> None:
-    weight = torch.randn(mask.tile_map.shape, dtype=dtype)
-    weight[0, 0] = float("nan")
-    packed = pack(weight, mask)
-    tensors = {"a.b.values": packed.values, "a.b.indices": packed.indices, "a.b.kinds": packed.tile_map.kinds}
-    tensors["norm.weight"] = torch.rand(3)
-    if bias:
-        tensors["a.b.bias"] = torch.rand(mask.tile_map.shape[0]).to(dtype)
-    header = LayerHeader(mask.tile_map.shape, mask.tile_map.tile, dtype)
-    save_checkpoint(tmp_path / "c.safetensors", tensors, {"a.b": header}, provenance={"x": [1, None]})
-    file = load_checkpoint(tmp_path / "c.safetensors")
-    assert file.layers == {"a.b": header}
-    assert file.provenance == {"x": [1, None]}
-    assert set(file.tensors) == set(tensors)
-    for name, tensor in tensors.items():
-        assert torch.equal(file.tensors[name].view(torch.uint8), tensor.view(torch.uint8))
-    back, masked = unpack(file.packed("a.b")), apply_mask(weight, mask.keep())
-    assert torch.equal(back.view(torch.uint8), masked.view(torch.uint8))
-
-
 @pytest.mark.parametrize("side", [128, 64, 32, 16])
 def test_mask_file_takes_at_most_one_bit_a_weight(tmp_path: Path, side: int) -> None:
     kinds = torch.ones(-(-576 // side), -(-1536 // side), dtype=torch.uint8)
@@ -106,20 +81,6 @@ def test_saving_refuses_what_no_reader_takes(tmp_path: Path) -> None:
     mask = random_mask((8, 8), (4, 4))
     with pytest.raises(ValueError, match="provenance must be plain JSON"):
         save_masks(tmp_path / "m", {"a": mask}, provenance={"x": torch.ones(1)})
-    packed = pack(torch.rand(8, 8), mask)
-    good = {"a.values": packed.values, "a.indices": packed.indices, "a.kinds": mask.tile_map.kinds}
-    header = LayerHeader((8, 8), (4, 4), torch.float32)
-    for tensors, wrong, message in [
-        ({**good, "a.values": torch.rand(65)}, header, "packed values"),
-        ({k: v for k, v in good.items() if k != "a.indices"}, header, "'indices' is missing"),
-        (good, LayerHeader((8, 8), (4, 4), torch.float16), "the header says torch.float16"),
-        (good, LayerHeader((8, 8), (4, 4), torch.int32), "dtype int32"),
-        (good, LayerHeader((8, 9), (4, 4), torch.float32), "a 8x9 weight"),
-    ]:
-        with pytest.raises(ValueError, match=rf"layer 'a': .*{message}"):
-            save_checkpoint(tmp_path / "c", tensors, {"a": wrong})
-    with pytest.raises(ValueError, match=r"'a\.values' and 'tied' are the same memory"):
-        save_checkpoint(tmp_path / "c", good | {"tied": packed.values}, {"a": header})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -133,37 +94,6 @@ def mask_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
         path, {"a.q": random_mask((9, 10), (4, 4)), "b": random_mask((8, 8), (4, 8))}, base_model="x", provenance={"k": 1}
     )
     return path.read_bytes()
-
-
-@pytest.fixture(scope="module")
-def checkpoint_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    path = tmp_path_factory.mktemp("fuzz") / "c"
-    write_checkpoint(path)
-    return path.read_bytes()
-
-
-def write_checkpoint(path: Path, shape: tuple[int, int] = (9, 11)) -> None:
-    tile_map = TileMap(shape, (4, 4), torch.ones(TileMap.grid_of(shape, (4, 4)), dtype=torch.uint8))
-    packed = pack(torch.randn(shape), HardMask.select(tile_map, torch.rand(shape)))
-    parts = {"values": packed.values, "indices": packed.indices, "kinds": tile_map.kinds, "bias": torch.rand(shape[0])}
-    tensors = {f"m.q.{part}": tensor for part, tensor in parts.items()} | {"m.norm.weight": torch.rand(3)}
-    save_checkpoint(path, tensors, {"m.q": LayerHeader(shape, (4, 4), torch.float32)}, provenance={"k": 1})
-
-
-@st.composite
-def damage(draw: st.DrawFn) -> Callable[[bytes], bytes]:
-    cut = draw(st.none() | st.floats(0, 1))
-    flips = draw(st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), max_size=4))
-    extra = draw(st.binary(max_size=3))
-
-    def apply(data: bytes) -> bytes:
-        damaged = bytearray(data if cut is None else data[: int(cut * len(data))])
-        for where, bits in flips:
-            if damaged:
-                damaged[int(where * len(damaged))] ^= bits
-        return bytes(damaged) + extra
-
-    return apply
 
 
 @given(change=damage())
@@ -180,54 +110,27 @@ def test_fuzzed_mask_file(tmp_path: Path, mask_bytes: bytes, change: Callable[[b
         assert int(mask.keep().sum()) == int(mask.tile_map.kept().sum())
 
 
-@given(change=damage())
-@settings(FUZZ, max_examples=400)
-def test_fuzzed_checkpoint(tmp_path: Path, checkpoint_bytes: bytes, change: Callable[[bytes], bytes]) -> None:
-    path = tmp_path / "c"
-    path.write_bytes(change(checkpoint_bytes))
-    try:
-        file = load_checkpoint(path)
-    except ArtifactError:
-        return
-    for name, header in file.layers.items():
-        assert unpack(file.packed(name)).shape == header.shape
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=3),
-    lambda x: st.lists(x) | st.dictionaries(st.text(max_size=3), x),
-)
-
-
 @given(JSON)
 @settings(FUZZ, max_examples=40)
-def test_any_json_as_header_or_part_of_it(tmp_path: Path, mask_bytes: bytes, checkpoint_bytes: bytes, value: Any) -> None:
-    for data, load, entry in ((mask_bytes, load_masks, "b"), (checkpoint_bytes, load_checkpoint, "m.q")):
-        places: list[tuple[Any, ...]] = [(), ("version",), ("layers",), ("layers", entry)]
-        places += [("layers", entry, key) for key in (("shape", "tile") if load is load_masks else ("shape", "tile", "dtype"))]
-        for place in places:
-            path = tmp_path / "f"
-            path.write_bytes(data)
+def test_any_json_as_header_or_part_of_it(tmp_path: Path, mask_bytes: bytes, value: Any) -> None:
+    places: list[tuple[Any, ...]] = [(), ("version",), ("layers",), ("layers", "b")]
+    places += [("layers", "b", key) for key in ("shape", "tile")]
+    for place in places:
+        path = tmp_path / "f"
+        path.write_bytes(mask_bytes)
 
-            def replace(_: Any, header: Any, place: tuple[Any, ...] = place) -> Any:
-                if not place:
-                    return json.dumps(value)
-                for key in place[:-1]:
-                    header = header[key]
-                header[place[-1]] = value
-                return None
+        def replace(_: Any, header: Any, place: tuple[Any, ...] = place) -> Any:
+            if not place:
+                return json.dumps(value)
+            for key in place[:-1]:
+                header = header[key]
+            header[place[-1]] = value
+            return None
 
-            edit(path, replace)
-            valid = place == ("version",) and type(value) is int and value == 1
-            valid |= place == ("layers",) and value == {} and load is load_checkpoint  # all tensors are the model's own then
-            with nullcontext() if valid else pytest.raises(ArtifactError, match=str(path)):
-                load(path)
-
-
-HOSTILE_SIZES = [
-    [-8, 8], [0, 8], [True, 8], [8.0, 8], ["8", 8], [8], [8, 8, 8], 8, None, {"0": 8},
-    [2**24 + 1, 1], [2**24, 2**24], [2**63, 2**63], [9, 8], [8, 9],
-]  # fmt: skip
+        edit(path, replace)
+        valid = place == ("version",) and type(value) is int and value == 1
+        with nullcontext() if valid else pytest.raises(ArtifactError, match=str(path)):
+            load_masks(path)
 
 
 @pytest.mark.parametrize("key", ["shape", "tile"])
@@ -238,10 +141,6 @@ def test_hostile_sizes(tmp_path: Path, key: str, size: Any) -> None:
     edit(tmp_path / "m", lambda _, header: header["layers"]["bad.layer"].__setitem__(key, size))
     with pytest.raises(ArtifactError, match=r"m: layer 'bad\.layer'"):
         load_masks(tmp_path / "m")
-    write_checkpoint(tmp_path / "c")
-    edit(tmp_path / "c", lambda _, header: header["layers"]["m.q"].__setitem__(key, size))
-    with pytest.raises(ArtifactError, match=r"c: layer 'm\.q'"):
-        load_checkpoint(tmp_path / "c")
 
 
 def test_zero_tiles_do_not_stand_for_more_memory_than_the_file_is_worth(tmp_path: Path) -> None:
@@ -299,12 +198,12 @@ def test_mask_file_edits(tmp_path: Path, case: str) -> None:
 
 
 @pytest.mark.parametrize("depth", [200, 900, 5000])
-@pytest.mark.parametrize("old", ["[9, 11]", "1", '"float32"'])
+@pytest.mark.parametrize("old", ["[9, 11]", "1", '"base"'])
 def test_nesting_breaks_no_error_message(tmp_path: Path, depth: int, old: str) -> None:
-    write_checkpoint(tmp_path / "c")
-    edit(tmp_path / "c", lambda _, header: json.dumps(header).replace(old, "[" * depth + "]" * depth))
+    save_masks(tmp_path / "m", {"a": random_mask((9, 11), (4, 4))}, base_model="base")
+    edit(tmp_path / "m", lambda _, header: json.dumps(header).replace(old, "[" * depth + "]" * depth))
     with pytest.raises(ArtifactError):
-        load_checkpoint(tmp_path / "c")
+        load_masks(tmp_path / "m")
 
 
 def test_pattern_that_keeps_padding_of_a_partial_group_is_refused(tmp_path: Path) -> None:
@@ -317,53 +216,19 @@ def test_pattern_that_keeps_padding_of_a_partial_group_is_refused(tmp_path: Path
         load_masks(tmp_path / "m")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t, h: t["m.q.indices"].__setitem__(0, 0), "layer 'm.q': 1 bytes of the indices hold no 2:4 pattern"),
-        (lambda t, h: t["m.q.indices"].__setitem__(-1, 255), "layer 'm.q': 1 bytes of the indices"),
-        (lambda t, h: t["m.q.kinds"][0].fill_(2), "layer 'm.q': indices is"),
-        (lambda t, h: t["m.q.kinds"][0].fill_(7), "layer 'm.q': tile kind 7"),
-        (lambda t, h: t.__setitem__("m.q.values", t["m.q.values"][1:]), "layer 'm.q': values is F32"),
-        (lambda t, h: t.__setitem__("m.q.values", t["m.q.values"].half()), "layer 'm.q': values is F16"),
-        (lambda t, h: t.__setitem__("m.q.bias", torch.rand(8)), "layer 'm.q': bias is F32"),
-        (lambda t, h: t.__setitem__("m.q.bias", torch.ones(9, dtype=torch.uint8)), "layer 'm.q': bias is U8"),
-        (lambda t, h: t.__setitem__("m.q.weight", torch.rand(9, 11)), "layer 'm.q': tensor 'weight' is none of"),
-        (lambda t, h: t.__setitem__("m.q.x.y", torch.rand(2)), r"layer 'm.q': tensor 'x\.y' is none of"),
-        (lambda t, h: t.pop("m.q.kinds") is None, "layer 'm.q': tensor 'kinds' is missing"),
-        (lambda t, h: h["layers"]["m.q"].__setitem__("dtype", "uint8"), "layer 'm.q': dtype 'uint8'"),
-        (lambda t, h: h["layers"].__setitem__("gone", h["layers"]["m.q"]), "layer 'gone': tensor 'kinds' is missing"),
-        (lambda t, h: h["layers"]["m.q"].__setitem__("group", 4), "layer 'm.q': the header's entry must hold exactly"),
-    ],
-)  # fmt: skip
-def test_checkpoint_edits(tmp_path: Path, change: Callable[[dict[str, Tensor], Any], Any], message: str) -> None:
-    write_checkpoint(tmp_path / "c", (9, 12))
-    edit(tmp_path / "c", change)
-    with pytest.raises(ArtifactError, match=message):
-        load_checkpoint(tmp_path / "c")
-
-
-def test_index_of_a_missing_input_is_refused(tmp_path: Path) -> None:
-    """The last group of 11 inputs has three: a pattern that keeps the fourth would shift all values behind it."""
-    write_checkpoint(tmp_path / "c", (8, 11))
-    edit(tmp_path / "c", lambda tensors, _: tensors["m.q.indices"].fill_(0xEE))  # third and fourth input everywhere
-    with pytest.raises(ArtifactError, match=r"layer 'm\.q': the last group has 3 of 4 inputs"):
-        load_checkpoint(tmp_path / "c")
-
-
 def test_other_files_are_refused(tmp_path: Path) -> None:
-    save_masks(tmp_path / "m", {})
     save_file({"a": torch.rand(2)}, tmp_path / "plain")
+    save_file({"a": torch.rand(2)}, tmp_path / "other", {"patch": json.dumps({"format": "patch-checkpoint"})})
     (tmp_path / "text").write_text("hello")
     for name, message in [
-        ("m", "its format is 'patch-mask', not 'patch-checkpoint'"),
+        ("other", "its format is 'patch-checkpoint', not 'patch-mask'"),
         ("plain", "no 'patch' header"),
         ("text", "not a whole safetensors file"),
         ("gone", "no such file"),
         (".", "no such file"),
     ]:
         with pytest.raises(ArtifactError, match=message):
-            load_checkpoint(tmp_path / name)
+            load_masks(tmp_path / name)
 
 
 def test_equal_content_gives_equal_bytes_that_others_may_read(tmp_path: Path) -> None:

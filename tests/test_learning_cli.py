@@ -18,15 +18,16 @@ from learning.commands import pruned_output
 from learning.data import token_stream
 from learning.evaluation.perplexity import perplexity
 from learning.models import load_model
-from patch_compiler.artifact import load_checkpoint, load_masks
+from patch_compiler.artifact import load_masks
 from patch_compiler.linears import named_linears, weight_of
+from patch_compiler.module import PatchLinear
 from patch_compiler.tile_map import TileKind
 
 from .tiny import save_tiny
 
 PRUNE = ["--tile", "16", "--samples", "4", "--context", "48", "--device", "cpu", "--quiet"]
 EVALUATE = ["--context", "48", "--limit-tokens", "500", "--device", "cpu", "--quiet"]
-COMPRESSED = {"config.json", "generation_config.json", "mask.safetensors", "model.patch.safetensors", "pruning.json"}
+COMPRESSED = {"config.json", "generation_config.json", "mask.safetensors", "model.safetensors", "pruning.json"}
 
 
 @pytest.fixture(scope="module")
@@ -120,10 +121,12 @@ def test_the_same_run_gives_the_same_artifacts(base, pruned, tmp_path):
     again, other = tmp_path / "again", tmp_path / "other"
     assert main(["prune", str(base), *PRUNE, "--sparsity", "0.3", "-o", str(again)]) == 0
     assert main(["prune", str(base), *PRUNE, "--sparsity", "0.3", "--seed", "1", "-o", str(other)]) == 0
-    first, second = (load_checkpoint(d / "model.patch.safetensors") for d in (pruned, again))
-    assert first.provenance == second.provenance == load_masks(again / "mask.safetensors").provenance
-    assert first.tensors.keys() == second.tensors.keys()
-    assert all(torch.equal(tensor, second.tensors[name]) for name, tensor in first.tensors.items())
+    first, second = (json.loads((d / "config.json").read_text())["quantization_config"] for d in (pruned, again))
+    assert first == second
+    loaded = AutoModelForCausalLM.from_pretrained(pruned)
+    assert {name for name, module in loaded.named_modules() if isinstance(module, PatchLinear)} == first["layers"].keys()
+    assert first["provenance"] == load_masks(again / "mask.safetensors").provenance
+    assert (pruned / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
     assert load_masks(pruned / "mask.safetensors").masks == load_masks(again / "mask.safetensors").masks
     digests = [json.loads((d / "pruning.json").read_text())["calibration"]["tokens_sha256"] for d in (pruned, again, other)]
     assert digests[0] == digests[1] != digests[2]

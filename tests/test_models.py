@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, LlamaModel, T5Config, T5ForConditionalGeneration
 
 from learning import models
-from learning.models import check_context, is_compressed, load_model, load_skeleton
-from patch_compiler.hf import save_compressed
+from learning.models import check_context, load_model, load_skeleton
+from patch_compiler.hf import is_compressed, save_compressed
 from patch_compiler.linears import apply_masks, named_linears, weight_of
 from patch_compiler.module import PatchLinear, convert
 

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.demo_model import demo_model
-from benchmarks.provenance import provenance, write_results
 from learning.calibration import Calibration, calibrate
 from learning.evaluation.perplexity import perplexity
 from learning.models import load_model
@@ -32,6 +31,7 @@ from learning.soft_masks.priors import find_start
 from learning.token_file import TokenFile
 from learning.training.loop import train
 from patch_compiler.hard_mask import HardMask
+from patch_compiler.provenance import provenance, write_results
 
 from .rows import Row, learn_config, rows
 from .three_of_four import prune_three_of_four

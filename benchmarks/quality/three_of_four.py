@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from learning.blocks import BlockRunner
+from learning.one_shot.columns import settle
 from learning.one_shot.hessian import compensated
 from learning.one_shot.selection import lowest
 from learning.one_shot.sparsegpt import compensate
@@ -34,12 +35,15 @@ def prune_three_of_four(model: nn.Module, windows: Tensor, device: torch.device 
 
 
 def _pruned(name: str, weight: Tensor, statistics: InputStatistics) -> Tensor:
-    def choose(columns: Tensor, diagonal: Tensor, start: int) -> Tensor:
-        score = (columns / diagonal).square()
-        return ~lowest(score, 1) if score.shape[1] == GROUP else torch.ones_like(score, dtype=torch.bool)
+    def settle_three(block: Tensor, factor: Tensor, cost_diagonal: Tensor, _start: int) -> tuple[Tensor, Tensor]:
+        def choose(group: Tensor, first: int) -> Tensor:
+            score = (group / cost_diagonal[first : first + GROUP]).square()
+            return ~lowest(score, 1) if score.shape[1] == GROUP else torch.ones_like(score, dtype=torch.bool)
+
+        return settle(block, factor, GROUP, choose)
 
     found = compensated(
-        weight, statistics, "sparsegpt", lambda factor, dead: compensate(weight.float(), factor, dead, GROUP, choose)
+        weight, statistics, "sparsegpt", lambda factor, dead: compensate(weight.float(), factor, dead, settle_three)
     )
     if found is None:
         raise ValueError(f"{name}: no usable Hessian")

@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from patch_compiler.hf import export_dense
+from patch_compiler.hf import export_dense, is_compressed
 
-from ..models import is_compressed, load_model
+from ..models import load_model
 from .options import MODEL_HELP, check_new_directory
 
 

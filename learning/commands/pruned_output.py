@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from patch_compiler.atomic import atomic_directory
-from patch_compiler.hf import export_dense, save_compressed
+from patch_compiler.hf import export_dense, is_compressed, save_compressed
 from patch_compiler.module import PatchLinear, convert
 from patch_compiler.text_table import human_bytes, table
 
-from ..models import PRUNING_RECORD, LoadedModel, is_compressed
+from ..models import PRUNING_RECORD, LoadedModel
 from ..prune_result import PruneResult
 from .options import check_new_directory, versions
 

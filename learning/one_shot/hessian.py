@@ -34,7 +34,7 @@ def compensated(
     dead = hessian.diagonal() == 0
     with full_precision():
         for damping, precision in LADDER:
-            factor = _inverse_factor(hessian, dead, damping, precision)
+            factor = _shared_factor(statistics, hessian, dead, damping, precision)
             if factor is None or (found := compensate(factor, dead)) is None:
                 continue
             updated, keep = found
@@ -42,6 +42,18 @@ def compensated(
             if bool(updated.isfinite().all()):
                 return updated, keep
     return None
+
+
+def _shared_factor(
+    statistics: InputStatistics, hessian: Tensor, dead: Tensor, damping: float, precision: torch.dtype
+) -> Tensor | None:
+    """`_inverse_factor`, computed once for all layers that share these statistics; one factor is kept at a time."""
+    known, rung = statistics.factors, (damping, precision, hessian.device)
+    if rung not in known:
+        for other in [other for other, factor in known.items() if factor is not None]:
+            del known[other]  # before the next one needs its memory
+        known[rung] = _inverse_factor(hessian, dead, damping, precision)
+    return known[rung]
 
 
 def _inverse_factor(hessian: Tensor, dead: Tensor, damping: float, precision: torch.dtype) -> Tensor | None:

@@ -8,24 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from patch_compiler.hard_mask import HardMask
-from patch_compiler.masks import expand_codes, select_24
-from patch_compiler.tile_map import GROUP, TileKind, TileMap
+from patch_compiler.tile_map import GROUP, TileMap
 
 from ..budget import split_exactly
 from ..statistics import InputStatistics
-from . import wanda
+from . import columns, wanda
 from .hessian import compensated
 from .selection import Pruned, lowest
 
 BLOCK = 128  # columns that are compensated one by one before the rest of the matrix is, in one product
 
-# (columns of the block [M, c], U_jj [c], first column) -> bool [M, c], True for what stays
-Chooser = Callable[[Tensor, Tensor, int], Tensor]
+# (columns of the block [M, c], updated in place; U of the block [c, c]; what dropping costs, U_jj [c]; first column)
+# -> (keep bool [M, c], errors [M, c]) as columns.py has them
+Settle = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 def prune_tiles(weight: Tensor, statistics: InputStatistics | None, tile_map: TileMap) -> Pruned:
@@ -35,17 +36,14 @@ def prune_tiles(weight: Tensor, statistics: InputStatistics | None, tile_map: Ti
     """
     kinds = tile_map.group_kinds().to(weight.device)
     codes = torch.zeros_like(kinds)
+    inside = _inside_blocks(weight.device)
 
-    def choose(columns: Tensor, diagonal: Tensor, start: int) -> Tensor:
-        group = start // GROUP
-        codes[:, group] = select_24((columns / diagonal).square())[:, 0]
-        pattern = expand_codes(codes[:, group : group + 1], columns.shape[1])
-        kind = kinds[:, group : group + 1]
-        return (pattern | (kind == int(TileKind.DENSE))) & (kind != int(TileKind.ZERO))
+    def settle(block: Tensor, factor: Tensor, cost_diagonal: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        groups = slice(start // GROUP, -(-(start + block.shape[1]) // GROUP))
+        codes[:, groups], keep, errors = inside.settle_24(block, factor, cost_diagonal, kinds[:, groups])
+        return keep, errors
 
-    found = compensated(
-        weight, statistics, "sparsegpt", lambda factor, dead: compensate(weight.float(), factor, dead, GROUP, choose)
-    )
+    found = compensated(weight, statistics, "sparsegpt", lambda factor, dead: compensate(weight.float(), factor, dead, settle))
     if found is None:
         return wanda.prune_tiles(weight, statistics, tile_map)
     return Pruned(*found, HardMask(tile_map, codes), "sparsegpt")
@@ -56,34 +54,36 @@ def prune_unstructured(weight: Tensor, statistics: InputStatistics | None, zeros
     m, k = weight.shape
     edges = [*range(0, k, BLOCK), k]
     shares = split_exactly(zeros, [m * (end - start) for start, end in pairwise(edges)])
+    inside = _inside_blocks(weight.device)
 
-    def choose(columns: Tensor, diagonal: Tensor, start: int) -> Tensor:
-        score = (columns / diagonal).square()
-        return ~lowest(score.reshape(1, -1), shares[start // BLOCK]).view(score.shape)
+    def settle(block: Tensor, factor: Tensor, cost_diagonal: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        score = (block / cost_diagonal).square()
+        keep = ~lowest(score.reshape(1, -1), shares[start // BLOCK]).view(score.shape)
+        return keep, inside.settle_kept(block, factor, keep)
 
-    found = compensated(
-        weight, statistics, "sparsegpt", lambda factor, dead: compensate(weight.float(), factor, dead, BLOCK, choose)
-    )
+    found = compensated(weight, statistics, "sparsegpt", lambda factor, dead: compensate(weight.float(), factor, dead, settle))
     if found is None:
         return wanda.prune_unstructured(weight, statistics, zeros)
     return Pruned(*found, None, "sparsegpt")
 
 
-def compensate(weight: Tensor, factor: Tensor, dead: Tensor, step: int, choose: Chooser) -> tuple[Tensor, Tensor]:
-    """(weight after all updates, +0.0 where dropped; keep). weight: float32 [M, K]; `choose` is asked every `step` columns."""
-    weight = weight.clone()
-    keep = torch.ones_like(weight, dtype=torch.bool)
-    diagonal = factor.diagonal()
-    cost_diagonal = diagonal.masked_fill(dead, torch.inf)  # w² / ∞² = 0
+def compensate(weight: Tensor, factor: Tensor, dead: Tensor, settle: Settle) -> tuple[Tensor, Tensor]:
+    """(weight after all updates, +0.0 where dropped; keep). weight: float32 [M, K]; `settle` is given block after block."""
+    weight = weight.clone(memory_format=torch.contiguous_format)  # a Conv1D's weight comes transposed
+    keep = torch.empty_like(weight, dtype=torch.bool)
+    cost_diagonal = factor.diagonal().masked_fill(dead, torch.inf)  # w² / ∞² = 0
     for start in range(0, weight.shape[1], BLOCK):
         end = min(start + BLOCK, weight.shape[1])
-        errors = torch.zeros_like(weight[:, start:end])
-        for j in range(start, end):
-            if j % step == 0:
-                stop = min(j + step, end)
-                keep[:, j:stop] = choose(weight[:, j:stop], cost_diagonal[j:stop], j)
-            error = torch.where(keep[:, j], 0.0, weight[:, j]) / diagonal[j]
-            weight[:, j + 1 : end] -= error[:, None] * factor[j, j + 1 : end]
-            errors[:, j - start] = error
-        weight[:, end:] -= errors @ factor[start:end, end:]
+        block = slice(start, end)
+        keep[:, block], errors = settle(weight[:, block], factor[block, block], cost_diagonal[block], start)
+        weight[:, end:] -= errors @ factor[block, end:]
     return weight.masked_fill_(~keep, 0.0), keep
+
+
+def _inside_blocks(device: torch.device) -> ModuleType:
+    """Whose `settle_24` and `settle_kept` are used: on a GPU, a kernel takes the place of ten launches for each column."""
+    if device.type != "cuda":
+        return columns
+    from .kernels import columns as kernels  # needs Triton, which not every machine without a GPU has
+
+    return kernels

@@ -16,7 +16,6 @@ from tests.models import tiny_model
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.timeout(900)  # many small kernels: slow beside other processes
 def test_peak_memory_is_about_one_block() -> None:
     config = transformers.LlamaConfig(
         vocab_size=256, hidden_size=1024, intermediate_size=2816, num_hidden_layers=24, num_attention_heads=8,

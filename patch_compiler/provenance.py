@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from patch_compiler.atomic import atomic_file
+from .atomic import atomic_file
 
 PACKAGES = ("torch", "triton", "transformers", "safetensors")
 
@@ -33,12 +33,6 @@ def provenance(program: str, arguments: Sequence[str]) -> dict[str, str]:
         "python": platform.python_version(),
     }
     return facts | {package: _version(package) for package in PACKAGES}
-
-
-def results_file(benchmark: str) -> Path:
-    """Where a benchmark's numbers of this machine are kept: benchmarks/results/<benchmark>-<gpu or cpu>.json."""
-    device = torch.cuda.get_device_name().split()[1].lower() if torch.cuda.is_available() else "cpu"
-    return Path("benchmarks/results") / f"{benchmark}-{device}.json"
 
 
 def write_results(path: Path, facts: Mapping[str, str], record: Mapping[str, object]) -> None:

@@ -1,0 +1,1 @@
+"""Triton kernels of one-shot pruning: what would be thousands of small launches for each weight."""

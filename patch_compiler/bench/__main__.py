@@ -1,0 +1,139 @@
+"""`python -m patch_compiler.bench MODEL`: tokens a second, time to the first token and memory, dense against packed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from patch_compiler.atomic import atomic_file
+from patch_compiler.provenance import provenance, write_results
+from patch_compiler.text_table import human_bytes, table
+
+from .page import page
+from .random_llama import SIZES
+from .rounds import Workload, measure
+from .variants import DENSE, load, variants
+
+COLUMNS = (
+    "variant",
+    "tokens/s",
+    "x",
+    "step ms",
+    "x",
+    "first token ms",
+    "long prompt ms",
+    "weights GB/s",
+    "weights",
+    "peak",
+    "first call s",
+)
+LARGEST_ON_CPU = 500e6  # parameters
+BASELINE = "dense, inductor"
+
+
+def rows_of(record: Mapping[str, Any]) -> list[tuple[object, ...]]:
+    """The table's cells; x: over dense Inductor, or over the first variant where that was not asked for."""
+    rows = record["rows"]
+    base = next((row for row in rows if row["name"] == BASELINE), rows[0])
+
+    def ratio(row: Mapping[str, Any], key: str, faster_is_more: bool) -> str:
+        if row[key] is None:
+            return "-"
+        return f"{row[key] / base[key] if faster_is_more else base[key] / row[key]:.2f}"
+
+    def number(value: float | None, places: int) -> str:
+        return "-" if value is None else f"{value:.{places}f}"
+
+    return [
+        (
+            row["name"], number(row["tokens_per_s"], 1), ratio(row, "tokens_per_s", True), number(row["step_ms"], 3),
+            ratio(row, "step_ms", False), number(row["first_token_ms"], 2), number(row["long_first_token_ms"], 2),
+            number(row["weights_gb_s"], 0), human_bytes(row["weight_bytes"]),
+            "-" if row["peak_bytes"] is None else human_bytes(row["peak_bytes"]), number(row["first_call_s"], 1),
+        )
+        for row in rows
+    ]  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    args = _arguments(arguments)
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    try:
+        model = load(args.model, device, dtype)
+        if device.type == "cpu" and sum(p.numel() for p in model.parameters()) > LARGEST_ON_CPU:
+            print("error: there is no GPU here; without one only models below 0.5 billion parameters are run", file=sys.stderr)
+            return 2
+        made = variants(model, args.sparsity, args.dense)
+        work = Workload(args.batch, args.prompt, args.new, args.long_prompt)
+        found = measure(made, work, args.rounds, lambda line: print(line, file=sys.stderr, flush=True))
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    note = "Weights random." if args.model in SIZES else "Weights of the model."
+    note += " Packed copies of a dense model: tile maps with the published allocation, the largest weights kept; not learned."
+    if device.type == "cpu":
+        note += " On the CPU: it shows that it runs, packed layers are no faster there."
+    record: dict[str, Any] = {
+        "model": args.model, "note": note, "workload": asdict(work), "dtype": str(dtype).removeprefix("torch."),
+        "rows": [runs.record(work) for runs in found],
+    }  # fmt: skip
+    facts = provenance("patch_compiler.bench", arguments)
+    print(f"{args.model} on {facts['device']}: batch {work.batch}, {work.prompt} tokens in, {work.new} out. {note}")
+    print(table(rows_of(record), COLUMNS))
+    if args.output is not None:
+        write_results(args.output, facts, record)
+    if args.page is not None:
+        with atomic_file(args.page) as unfinished:
+            unfinished.write_text(page(record | {"provenance": facts}), encoding="utf-8")
+    return 0
+
+
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m patch_compiler.bench", description=(__doc__ or "").strip())
+    parser.add_argument("model", help=f"compressed directory, directory or hub id; or random weights: {', '.join(SIZES)}")
+    parser.add_argument(
+        "--sparsity", type=_shares, default=(0.25, 0.35, 0.45), metavar="S,S,...", help="of a dense model's packed copies"
+    )
+    parser.add_argument(
+        "--dense", type=_names, default=("eager", "inductor"), metavar="NAME,...", help=f"of {', '.join(DENSE)}"
+    )
+    parser.add_argument("--batch", type=_count, default=16)
+    parser.add_argument("--prompt", type=_count, default=128, help="tokens in")
+    parser.add_argument("--new", type=_count, default=128, help="tokens out")
+    parser.add_argument("--long-prompt", type=int, default=2048, help="time one sequence's first token too; 0: do not")
+    parser.add_argument("--rounds", type=_count, default=5)
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="the numbers, as JSON")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="the numbers, as an HTML page")
+    return parser.parse_args(argv)
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    found = tuple(float(part) for part in text.split(","))
+    if any(not 0 <= s <= 0.5 for s in found):
+        raise argparse.ArgumentTypeError(f"{text!r}: dense and 2:4 tiles give 0 to 0.5")
+    return found
+
+
+def _names(text: str) -> tuple[str, ...]:
+    found = tuple(part for part in text.split(",") if part)
+    if unknown := [name for name in found if name not in DENSE]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(DENSE)}")
+    return found
+
+
+def _count(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be 1 or more")
+    return number
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

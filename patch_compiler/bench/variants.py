@@ -1,0 +1,107 @@
+"""What is compared: one model dense, eager and through Inductor, and packed at several sparsities through `patch`."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from patch_compiler.hard_mask import HardMask
+from patch_compiler.linears import apply_masks, mask_of, named_linears, weight_of
+from patch_compiler.module import PatchLinear, convert
+
+from .decoder import Function
+from .published_maps import published_maps
+from .random_llama import SIZES, random_llama
+
+DENSE = ("eager", "inductor", "max-autotune")
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """sparsity: zeros / weights over the masked linears. weight_bytes: of all parameters and buffers, each counted once."""
+
+    name: str
+    sparsity: float
+    model: nn.Module
+    compile: Callable[[Function], Function] | None
+    weight_bytes: int
+
+
+def load(source: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """One of SIZES with random weights, a compressed directory, or what `AutoModelForCausalLM` loads."""
+    if source in SIZES:
+        return random_llama(SIZES[source], device, dtype)
+    model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device)
+    return model.eval()
+
+
+def variants(model: nn.Module, sparsities: Sequence[float], dense: Sequence[str]) -> list[Variant]:
+    """Of a packed model: itself and, unpacked, the dense ones. Of a dense one: packed copies with published maps' allocation,
+    each 2:4 tile keeping its largest weights. Dense variants share one copy of the weights."""
+    packed = any(isinstance(m, PatchLinear) for m in model.modules())
+    found = []
+    if packed:
+        unpacked = unpack(model)
+        found += [_dense(name, unpacked) for name in dense]
+        return [*found, _packed(model)]
+    found += [_dense(name, model) for name in dense]
+    return found + [_packed(_pruned(model, sparsity)) for sparsity in sparsities]
+
+
+def unpack(model: nn.Module) -> nn.Module:
+    """A copy with dense weights, zeros in place; everything else is shared."""
+    shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, PatchLinear)}
+    for module in layers.values():
+        for held in module.buffers(recurse=False):
+            shared[id(held)] = held.new_empty(0)  # not worth a copy: replaced below
+    dense = copy.deepcopy(model, shared)
+    for name, module in layers.items():
+        out_features, in_features = module.tile_map.shape
+        linear = nn.Linear(in_features, out_features, bias=module.bias is not None, device="meta")
+        linear.weight = nn.Parameter(module.dense_weight(), requires_grad=False)
+        if module.bias is not None:
+            linear.bias = nn.Parameter(module.bias, requires_grad=False)
+        dense.set_submodule(name, linear)
+    return dense
+
+
+def _pruned(model: nn.Module, sparsity: float) -> nn.Module:
+    pruned = copy.deepcopy(model)
+    linears = {name: m for name, m in named_linears(pruned).items() if name != "lm_head"}
+    maps = published_maps({name: tuple(weight_of(m).shape) for name, m in linears.items()}, sparsity)  # type: ignore[misc]
+    masks = {name: HardMask.select(maps[name], weight_of(module).abs()) for name, module in linears.items()}
+    apply_masks(pruned, masks)
+    return convert(pruned)
+
+
+def _dense(name: str, model: nn.Module) -> Variant:
+    compile_: dict[str, Callable[[Function], Function] | None] = {
+        "eager": None,
+        "inductor": partial(torch.compile, mode="reduce-overhead", fullgraph=True, dynamic=False),
+        "max-autotune": partial(torch.compile, mode="max-autotune", fullgraph=True, dynamic=False),
+    }
+    return Variant(f"dense, {name}", 0.0, model, compile_[name], weight_bytes(model))
+
+
+def _packed(model: nn.Module) -> Variant:
+    gc.collect()
+    maps = [m.tile_map for m in model.modules() if isinstance(m, PatchLinear)]
+    maps += [mask.tile_map for m in model.modules() if isinstance(m, nn.Linear) and (mask := mask_of(m)) is not None]
+    sparsity = sum(m.zeros for m in maps) / sum(m.weights for m in maps)
+    compile_ = partial(torch.compile, backend="patch", mode="reduce-overhead", fullgraph=True, dynamic=False)
+    return Variant(f"patch {100 * sparsity:.0f} %", sparsity, model, compile_, weight_bytes(model))
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Of the memory behind all parameters and buffers; what several share counts once."""
+    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
