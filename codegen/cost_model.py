@@ -123,7 +123,7 @@ def _seconds(
     if isinstance(schedule, Decode):
         return _decode(problem, schedule, gpu, tokens, constants, arithmetic)
     if isinstance(schedule, Prefill):
-        return prefill_cost.seconds(problem, schedule, gpu, tokens, arithmetic.tiles)
+        return prefill_cost.seconds(problem, schedule, gpu, tokens, arithmetic.tiles, arithmetic.larger)
     if isinstance(schedule, Gemm):
         return _gemm(problem, gpu, tokens, constants, arithmetic) + (_expand(problem, gpu, constants) if schedule.expand else 0)
     # every 16 tokens read the weight again and unpack it; a guess, there is nothing to choose where it is legal

@@ -6,7 +6,7 @@ A schedule says nothing about one layer's map: the work plan (codegen/plan.py) d
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Literal
 
@@ -117,7 +117,8 @@ class Prefill:
     tokens: width of the token tile. panels: that a CTA computes at once, each block of X is loaded once for all of them.
     x_stages, w_stages: blocks of X and slabs of each panel in flight. cluster: what two CTAs side by side differ in, "tokens"
     (they share the slabs by TMA multicast) or "panels" (they share the blocks of X). early_start: programmatic dependent
-    launch. turn: bytes of a warpgroup's outputs that pass through shared memory at once.
+    launch. turn: bytes of a warpgroup's outputs that pass through shared memory at once. split: some outputs may be computed in
+    parts, each over some of the columns, where that gives all CTAs the same work (codegen/prefill_split.py).
     """
 
     tokens: int
@@ -127,10 +128,11 @@ class Prefill:
     cluster: Cluster = ""
     early_start: bool = False
     turn: int = 8192
+    split: bool = False
 
     def __str__(self) -> str:
         words = (f" two {self.cluster}" if self.cluster else "") + (" early" if self.early_start else "")
-        words += "" if self.turn == 8192 else f" {self.turn} B"
+        words += (" split" if self.split else "") + ("" if self.turn == 8192 else f" {self.turn} B")
         return f"prefill {self.panels}p {self.tokens}t x{self.x_stages}+{self.w_stages}{words}"
 
     @property
@@ -263,3 +265,4 @@ def prefill_schedules(problem: Problem, gpu: GpuSpec) -> Iterator[Prefill]:
                         for schedule in islice((s for s in rings if s.why_illegal(problem, gpu) is None), 1):
                             most = schedule.x_stages
                             yield schedule
+                            yield replace(schedule, split=True)

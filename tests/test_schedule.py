@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -134,6 +135,7 @@ def test_prefill_schedules_are_legal_fill_the_memory_and_are_not_chosen_yet() ->
         assert len({str(s) for s in found}) == len(found) >= 6
         assert {s.cluster for s in found} == {"", "tokens", "panels"} if rows == 128 else {"", "tokens"}
         assert max(s.shared_bytes(rows) for s in found) > 0.95 * gpu.shared_bytes
+        assert {s for s in found if s.split} == {replace(s, split=True) for s in found if not s.split}
         assert not any(isinstance(s, Prefill) for s in legal_schedules(problem(rows), gpu, 4096))
     assert not list(prefill_schedules(problem(), gpu_spec("a100", "3.9.0")))
 
