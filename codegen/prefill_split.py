@@ -22,7 +22,7 @@ from codegen.prefill_plan import HEADER, SPARSE, ItemCost, Program, assign, rast
 
 _MOST_PARTS = 12  # of an item
 _WORTH = 0.98  # of the time without parts, that there must be at most with them
-_HALVINGS = 24  # in search of the shortest time
+_HALVINGS = 10  # in search of the shortest time
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +119,7 @@ class _Chain:
 
     def __init__(self, items: _Items, first: int, busy: np.ndarray) -> None:
         self.items, self.first, self.cost, self.busy = items, first, items.cost, busy
+        self.average = float(busy.mean())
         self.shortest = self.cost.write + self.cost.read + self.cost.end  # part that is worth its traffic
 
     def taken(self, until: float, linked: bool) -> list[tuple[list[_Piece], list[_Piece]]] | None:
@@ -168,7 +169,7 @@ class _Chain:
 
         All are to be written before the last one starts to add them.
         """
-        mine = until - float(self.busy.mean())
+        mine = until - self.average
         for parts in range(2, _MOST_PARTS):
             latest = until - self._end(parts)
             written = min(left, latest) + (parts - 2) * min(mine, latest) - (parts - 1) * self.cost.write
@@ -189,7 +190,7 @@ def share(work: Program, cost: ItemCost, tiles: int, workers: int, *, tokens: in
     first = max(0, len(items.order) // workers - 1) * workers
     dealt, busy = assign(items.costs[:first], workers) if first else ([[] for _ in range(workers)], np.zeros(workers))
     chain, enough = _Chain(items, first, busy), float(done.max()) * _WORTH
-    for linked in (True, False):
+    for linked in (True, False) if len(items.order) < workers else (True,):
         soonest, latest = items.costs.sum() / workers, enough
         for _ in range(_HALVINGS):
             until = (soonest + latest) / 2
