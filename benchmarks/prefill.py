@@ -4,9 +4,9 @@
         [--rings] [--budget SECONDS] [--output benchmarks/results/prefill-<gpu>.json]
 
 For each tile map (benchmarks/decode_cases.py) and number of tokens T, in one set of interleaved rounds: cuBLAS on dense random
-weights of that shape, every geometry and cluster of the prefill kernels (with --rings every division of the shared memory among
-their rings too), up to T = 512 the decode kernel, at 50 % (all 2:4) cuSPARSELt: the fastest of its default and its searched
-algorithm. --quick is for a first look in a minute.
+weights of that shape, every geometry and cluster of the prefill kernels, up to T = 2048 split and not (with --rings every
+division of the shared memory among their rings too), up to T = 512 the decode kernel, at 50 % (all 2:4) cuSPARSELt: the fastest
+of its default and its searched algorithm. --quick is for a first look in a minute.
 
 Every schedule's result is checked for every row before it is timed. TFLOP/s count 2 M K T, whatever is zero. The clock is read
 while cuBLAS runs. Anything wrong: no results file.
@@ -33,18 +33,20 @@ from codegen.formats.slab_map import slab_map
 from codegen.gpu import GpuSpec, gpu_here
 from codegen.measure import COLD_BYTES, measure
 from codegen.schedule import TURNS, Decode, Prefill, Problem, prefill_schedules
+from patch_compiler.provenance import provenance, write_results
 from patch_compiler.text_table import table
 
 from .decode_bench import TOLERANCE, Bench, Calls, Library, WrongResult, normal, product
 from .decode_cases import MAPS, Case, cases
 from .decode_summary import geomean
-from .provenance import provenance, results_file, write_results
+from .results_file import results_file
 
 MODELS = ("llama-2-7b", "llama-3.1-8b")
 TOKENS = (128, 256, 512, 1024, 2048, 4096, 8192)
 SPARSITIES = (0, 25, 35, 45, 50)
 QUICK: dict[str, Any] = {"models": ["llama-2-7b"], "tokens": [512, 2048, 8192], "sparsity": [0, 45, 50], "maps": ["random"]}
 MOST_DECODE_TOKENS = 512
+MOST_SPLIT_TOKENS = 2048  # more have items enough for all SMs
 # percent -> wanted speedup over cuBLAS for T up to FEW_TOKENS and beyond; at 0 % after dispatch
 FEW_TOKENS = 1024
 TARGETS = {0: (0.98, 0.98), 25: (1.0, 1.1), 35: (1.12, 1.2), 45: (1.2, 1.3)}
@@ -82,7 +84,7 @@ class PrefillBench(Bench):
         wanted = product(x, self.weight_fp32)
         calls: dict[str, Calls] = {"cublas": [partial(torch.mm, x, w.t(), out=y) for w in self.dense]}
         wrong, predicted = 0.0, {}
-        variants: list[Prefill | Decode] = list(schedules)
+        variants: list[Prefill | Decode] = [s for s in schedules if tokens <= MOST_SPLIT_TOKENS or not s.split]
         if decode_kernel and tokens <= MOST_DECODE_TOKENS:
             variants.append(Decode("hopper", 128, 4, early_start=True))
         for schedule in variants:

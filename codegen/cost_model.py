@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import sympy
 
 MARGIN = 1.02  # a dense copy that is there anyway is used unless something else is faster by more than this
+SPLIT_MARGIN = 1.03  # parts of items have to win this much: their plan takes tens of milliseconds when T first comes up
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 
@@ -128,7 +129,7 @@ def _seconds(
     if isinstance(schedule, Decode):
         return _decode(problem, schedule, gpu, tokens, constants, arithmetic)
     if isinstance(schedule, Prefill):
-        return prefill_cost.seconds(problem, schedule, gpu, tokens, arithmetic.tiles, arithmetic.rounds)
+        return prefill_cost.seconds(problem, schedule, gpu, tokens, arithmetic.tiles, arithmetic.rounds, arithmetic.larger)
     if isinstance(schedule, Gemm):
         return _gemm(problem, gpu, tokens, constants, arithmetic) + (_expand(problem, gpu, constants) if schedule.expand else 0)
     # every 16 tokens read the weight again and unpack it; a guess, there is nothing to choose where it is legal
@@ -327,7 +328,9 @@ def _candidates(problem: Problem, gpu: GpuSpec, tokens: int) -> list[Schedule]:
 
 
 def _rank(schedule: Schedule, seconds: float) -> float:
-    return seconds / MARGIN if schedule == Gemm(expand=False) else seconds
+    if schedule == Gemm(expand=False):
+        return seconds / MARGIN
+    return seconds * SPLIT_MARGIN if isinstance(schedule, Prefill) and schedule.split else seconds
 
 
 def envelope(problem: Problem, gpu: GpuSpec, upto: int = 16384) -> list[Interval]:

@@ -24,7 +24,7 @@ from types import ModuleType
 from typing import Any
 
 from codegen.cache import writable_directory
-from codegen.isa import mbarrier, mma_sp, wgmma, wgmma_sp
+from codegen.isa import arrivals, mbarrier, mma_sp, wgmma, wgmma_sp
 from codegen.schedule import Decode, Prefill
 from patch_compiler.atomic import atomic_file
 
@@ -91,6 +91,7 @@ class Specialisation:
             "PANEL_CTAS": str(s.panel_ctas),
             "X_STAGES": str(s.x_stages),
             "W_STAGES": str(s.w_stages),
+            "SPLIT": str(s.split),
             "OUT_TOKENS": str(s.out_tokens(self.rows)),
             "HAS_BIAS": str(self.bias),
             "EARLY_START": str(s.early_start),
@@ -102,6 +103,9 @@ class Specialisation:
             "WAIT": _text(mbarrier.wait(s.ctas)),
             "RELEASE_X": _text(mbarrier.release(s.ctas, everywhere=s.cluster == "panels")),
             "RELEASE_W": _text(mbarrier.release(s.ctas, everywhere=s.cluster == "tokens")),
+            "ARRIVE": _text(arrivals.arrive()),
+            "ARRIVE_LAST": _text(arrivals.arrive_last()),
+            "ARRIVE_OPERANDS": _text(arrivals.CONSTRAINTS),
         }
 
     @property

@@ -1,6 +1,7 @@
 """Fit the cost model's constants to measurements: `python -m codegen.fit FILE` prints them and how far off each row is.
 
-FILE is JSON, as codegen/tuned/fit_h100.json and as `python -m patch_compiler.autotune --record` writes it:
+FILE is JSON, as codegen/tuned/fit_h100.json and fit_prefill_h100.json, and as `python -m patch_compiler.autotune --record`
+writes it:
 
     {"provenance": {...}, "gpu": "h100", "triton": "3.9.0", "measurements": [
         {"shape": [M, K], "tile": [128, 128], "sparse": 0.9, "seed": 0, "tokens": 1, "schedule": {...}, "us": 12.3}, ...]}
@@ -17,24 +18,31 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from codegen import cost_model
+from codegen import cost_model, prefill_cost
 from codegen.cost_model import CONSTANTS, Constants
 from codegen.formats.slab_map import slab_map
 from codegen.gpu import GpuSpec, gpu_spec
-from codegen.schedule import Problem, Schedule
+from codegen.prefill_cost import CONSTANTS as PREFILL_CONSTANTS
+from codegen.prefill_cost import PrefillConstants
+from codegen.schedule import Prefill, Problem, Schedule
 from codegen.tuning import read_schedule
 from patch_compiler.tile_map import DEFAULT_TILE, TileMap
 
 DATA = Path(__file__).parent / "tuned" / "fit_h100.json"
+PREFILL_DATA = Path(__file__).parent / "tuned" / "fit_prefill_h100.json"
 SECONDS = (  # costs are linear in these
     "start", "late", "second_cta", "stage", "latency", "issue", "segment_end", "gemm_start", "gemm_overlap",
 )  # fmt: skip
 RATES = ("stream", "x_blocks", "reduce", "exchange", "gemm_stream")  # and in one over these
+PREFILL_SHARES = ("end", "drift", "cluster", "idle")  # nearly so
+PREFILL_RATES = ("tensor", "shared", "l2")
+_STEPS = 6  # of least squares, because costs are not quite linear
+AnyConstants = TypeVar("AnyConstants", bound=Constants | PrefillConstants)
 
 
 @dataclass(frozen=True)
@@ -82,35 +90,44 @@ def read_measurements(path: Path = DATA) -> list[Measurement]:
         raise ValueError(f"{path}: holds no measurements: {type(error).__name__}: {error}") from error
 
 
-def errors(measurements: Sequence[Measurement], constants: Constants = CONSTANTS) -> np.ndarray:
-    """float64 [n]: predicted / measured - 1."""
-    predicted = [cost_model.predict(m.problem, m.schedule, m.gpu, m.tokens, constants) for m in measurements]
+def errors(measurements: Sequence[Measurement], constants: Constants | PrefillConstants = CONSTANTS) -> np.ndarray:
+    """float64 [n]: predicted / measured - 1. Of prefill schedules with PrefillConstants, else of the others."""
+    predicted = [_predict(m, constants) for m in measurements]
     return np.array(predicted) * 1e6 / np.array([m.us for m in measurements]) - 1
 
 
-def fit(measurements: Sequence[Measurement], start: Constants = CONSTANTS) -> Constants:
+def _predict(m: Measurement, constants: Constants | PrefillConstants) -> float:
+    if isinstance(constants, Constants):
+        return cost_model.predict(m.problem, m.schedule, m.gpu, m.tokens, constants)
+    assert isinstance(m.schedule, Prefill)
+    return prefill_cost.predict(m.problem, m.schedule, m.gpu, m.tokens, constants)
+
+
+def fit(measurements: Sequence[Measurement], start: AnyConstants = CONSTANTS) -> AnyConstants:  # type: ignore[assignment]
     """The constants with the least mean square of `errors`; those that nothing measured depends on stay as in `start`.
 
     Linear least squares over seconds and over one over rates, none below zero; repeated because of the maxima.
     """
     constants = start
-    for _ in range(4):
+    rates = PREFILL_RATES if isinstance(start, PrefillConstants) else RATES
+    names = (*PREFILL_SHARES, *rates) if isinstance(start, PrefillConstants) else (*SECONDS, *rates)
+    for _ in range(_STEPS):
         here = errors(measurements, constants)
         slopes, now = {}, {}
-        for name in (*SECONDS, *RATES):
+        for name in names:
             value = getattr(constants, name)
-            now[name] = 1 / value if name in RATES else value
+            now[name] = 1 / value if name in rates else value
             step = 1e-3 * now[name] if now[name] else 1e-3 * CONSTANTS.late
             moved = now[name] + step
-            changed = replace(constants, **{name: 1 / moved if name in RATES else moved})
+            changed = replace(constants, **{name: 1 / moved if name in rates else moved})
             slope = (errors(measurements, changed) - here) / step
             if np.abs(slope).max() > 0:
                 slopes[name] = slope
-        constants = replace(constants, **_solve(here, slopes, now))
+        constants = replace(constants, **_solve(here, slopes, now, rates))  # type: ignore[arg-type]  # these fields are floats
     return constants
 
 
-def _solve(here: np.ndarray, slopes: dict[str, np.ndarray], now: dict[str, float]) -> dict[str, float]:
+def _solve(here: np.ndarray, slopes: dict[str, np.ndarray], now: dict[str, float], rates: Sequence[str]) -> dict[str, float]:
     """One step of least squares; what would fall below zero is held at zero and the rest solved again."""
     target = -here + sum(slopes[name] * now[name] for name in slopes)
     free = list(slopes)
@@ -123,12 +140,12 @@ def _solve(here: np.ndarray, slopes: dict[str, np.ndarray], now: dict[str, float
             break
         free = [name for name in free if name not in below]
     # a rate that would be infinite: what it stands for costs nothing that was seen
-    found = {name: 1 / max(found.get(name, 0.0), 1e-3) if name in RATES else found.get(name, 0.0) for name in slopes}
+    found = {name: 1 / max(found.get(name, 0.0), 1e-3) if name in rates else found.get(name, 0.0) for name in slopes}
     return {name: float(f"{value:.4g}") for name, value in found.items()}
 
 
-def report(measurements: Sequence[Measurement], constants: Constants) -> str:
-    """Rows from the worst on, then the constants as they stand in codegen/cost_model.py."""
+def report(measurements: Sequence[Measurement], constants: Constants | PrefillConstants) -> str:
+    """Rows from the worst on, then the constants as they stand in codegen/cost_model.py or prefill_cost.py."""
     found = errors(measurements, constants)
     lines = []
     for i in np.argsort(-np.abs(found)):
@@ -138,6 +155,11 @@ def report(measurements: Sequence[Measurement], constants: Constants) -> str:
         lines.append(f"{100 * found[i]:+6.1f} %  {m.us:8.2f} us  {what}")
     rms, worst = np.sqrt(np.mean(found**2)), np.abs(found).max()
     lines.append(f"{len(found)} rows, root mean square error {100 * rms:.1f} %, largest {100 * worst:.1f} %")
+    if isinstance(constants, PrefillConstants):
+        for tokens in sorted({m.tokens for m in measurements}):
+            rows = found[[m.tokens == tokens for m in measurements]]
+            rms, worst = np.sqrt(np.mean(rows**2)), np.abs(rows).max()
+            lines.append(f"    T = {tokens}: {100 * rms:.1f} %, largest {100 * worst:.1f} %")
     values = asdict(constants)
     lines += [f"    {f.name}: float = {values[f.name]!r}" for f in fields(constants)]
     return "\n".join(lines)
@@ -145,14 +167,20 @@ def report(measurements: Sequence[Measurement], constants: Constants) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m codegen.fit", description="Fit the cost model to measurements.")
-    parser.add_argument("files", nargs="*", type=Path, default=[DATA], help="JSON files of measurements (default: shipped)")
+    parser.add_argument(
+        "files", nargs="*", type=Path, default=[DATA, PREFILL_DATA], help="JSON files of measurements (default: shipped)"
+    )
     args = parser.parse_args(argv)
     try:
         measurements = [m for path in args.files for m in read_measurements(path)]
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(report(measurements, fit(measurements)))
+    prefill = [m for m in measurements if isinstance(m.schedule, Prefill)]
+    others = [m for m in measurements if not isinstance(m.schedule, Prefill)]
+    reports = [report(prefill, fit(prefill, PREFILL_CONSTANTS))] if prefill else []
+    reports += [report(others, fit(others))] if others else []
+    print("\n\n".join(reports))
     return 0
 
 

@@ -1,14 +1,15 @@
-"""What a prefill launch costs: the first formula, before any measurement of these kernels.
+"""What a prefill launch costs.
 
-A slab takes as long as what its SM is slowest at:
+A slab keeps its SM busy with three things at a time, which hide each other in part: the root of their squares' sum.
 
     tensor cores   as many cycles for a sparse slab as for a dense one, which holds half as many columns
     shared memory  TMA writes slabs, metadata and blocks of X; every wgmma reads 64 rows of A and all N rows of B again, a
                    sparse one twice as many bytes of B in the same time
-    L2             slabs, metadata and blocks of X; what two CTAs share by multicast counts once
+    L2             slabs, metadata and blocks of X; what two CTAs share by multicast counts once. CTAs that run the same program
+                   ask for the same blocks of X at the same time, which the L2 cache answers at once; where dense and 2:4 tiles
+                   differ from panel to panel they drift apart. Panels that share a CTA or a cluster do not
 
-`ASSUMED` comes from earlier kernels on an H100, of 128 x 256 outputs a CTA and 2:4 weights: 885 TFLOP/s (dense-equivalent)
-where each CTA loads X for itself, 1071 where two share it, 1300 where it is hardly loaded at all; cuBLAS reached 715.
+SMs without work leave the others memory bandwidth and power.
 """
 
 from __future__ import annotations
@@ -17,51 +18,97 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from codegen.formats.slab_map import SlabMap
 from codegen.gpu import GpuSpec
 from codegen.prefill_plan import ItemCost
 from codegen.schedule import Prefill, Problem
 
+_SHARED = 218e9  # bytes a second of one SM's shared memory: 128 a cycle at 1.7 GHz
+_MOST_PARTS = 8  # of an item, that predictions look at
+
 
 @dataclass(frozen=True)
 class PrefillConstants:
-    """Seconds, bytes a second, or shares of a rate in GpuSpec."""
+    """Seconds, or shares of a rate in GpuSpec. The fitted ones: codegen/fit.py on tuned/fit_prefill_h100.json.
 
-    start: float = 4.0e-6  # launch, first items' first blocks, last stores
-    end: float = 0.5e-6  # of an item: outputs through shared memory
-    tensor: float = 1.04  # of dense_flops
-    shared: float = 218e9  # bytes read and written, of one SM: 128 a cycle at 1.7 GHz
-    l2: float = 1.58  # of l2_bandwidth
+    Over those 492 rows, none of them of a split schedule, the error (root mean square and largest) is 6.5 and 17 % at T = 512,
+    7.1 and 22 % at 2048, 9.3 and 43 % at 8192, the largest where X is larger than the L2 cache and read for one panel at a
+    time. The rows are of two runs, at clocks of 1.3 to 1.9 GHz, which no constant tells apart: the same launch took up to 20 %
+    longer in one of them.
+    """
+
+    # fitted
+    end: float = 2.217e-6  # of an item: outputs through shared memory
+    tensor: float = 1.29  # of dense_flops
+    shared: float = 1.532  # of _SHARED: bytes read and written
+    l2: float = 3.153  # of l2_bandwidth
+    drift: float = 0.3237  # more of X's bytes, where panels drift apart
+    cluster: float = 0.1106  # more of everything: two CTAs wait for each other
+    idle: float = 0.4649  # of the time, that the work of SMs without any would have taken
+    # assumed: no measurement tells them from the above
+    start: float = 3.0e-6  # launch, first items' first blocks, last stores
+    meet: float = 1.0e-6  # of an item in parts: a fence, an atomic and barriers, one behind the other
+    parts: float = 1.5  # of one SM's share of l2_bandwidth: parts written, and read
 
 
-ASSUMED = PrefillConstants()
+CONSTANTS = PrefillConstants()
 
 
-def item_cost(schedule: Prefill, rows: int, gpu: GpuSpec, c: PrefillConstants = ASSUMED) -> ItemCost:
-    """Seconds that one panel's slabs and the end of an item keep a CTA busy. rows: of a panel."""
+def item_cost(schedule: Prefill, slabs: SlabMap, gpu: GpuSpec, c: PrefillConstants = CONSTANTS) -> ItemCost:
+    """Seconds that one panel's slabs, the end of an item and its parts keep a CTA busy while all SMs are."""
+    rows, sm_l2 = slabs.rows, gpu.l2_bandwidth / gpu.sms
     tensor = 2 * rows * 64 * schedule.tokens * gpu.sms / (c.tensor * gpu.dense_flops)
+    alone = schedule.group == 1 and 0 < slabs.sparse_slabs < slabs.slabs
+    slower = 1 + c.cluster if schedule.cluster else 1.0
 
     def slab(weights: int, blocks: int) -> float:
         x = blocks * schedule.tokens * 128
         reads = rows * 128 + rows // 64 * x
-        shared = reads + weights + x / schedule.panels
-        l2 = weights / schedule.token_ctas + x / schedule.group
-        return max(tensor, shared / c.shared, l2 * gpu.sms / (c.l2 * gpu.l2_bandwidth))
+        shared = (reads + weights + x / schedule.panels) / (c.shared * _SHARED)
+        l2 = (weights / schedule.token_ctas + x / schedule.group * (1 + c.drift * alone)) / (c.l2 * sm_l2)
+        return slower * float((tensor**2 + shared**2 + l2**2) ** 0.5)
 
-    return ItemCost(slab(rows * 128, 1), slab(rows * 144, 2), c.end)
+    part = c.meet + rows * schedule.panels * schedule.tokens * 4 / (c.parts * sm_l2)
+    return ItemCost(slab(rows * 128, 1), slab(rows * 144, 2), c.end, part, part)
+
+
+def predict(problem: Problem, schedule: Prefill, gpu: GpuSpec, tokens: int, c: PrefillConstants = CONSTANTS) -> float:
+    """Seconds of a launch. ValueError for a weight without slabs."""
+    return float(seconds(problem, schedule, gpu, tokens, _ceiling, _ceiling, max, c))
+
+
+def _ceiling(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 Ceiling = Callable[[Any, int], Any]
 
 
-def seconds(problem: Problem, schedule: Prefill, gpu: GpuSpec, tokens: Any, tiles: Ceiling, rounds: Ceiling) -> Any:
-    """As many rounds of average items as the CTAs need. tiles: ceiling(T / n), rounds: of items; of numbers or expressions.
+def seconds(
+    problem: Problem, schedule: Prefill, gpu: GpuSpec, tokens: Any, tiles: Ceiling, rounds: Ceiling,
+    larger: Callable[[Any, Any], Any], c: PrefillConstants = CONSTANTS,
+) -> Any:  # fmt: skip
+    """As many rounds of average items as the CTAs need; split, of equal parts, or evenly with two parts of an item. No less
+    than the memory takes.
 
-    ValueError for a weight without slabs.
+    tiles: ceiling(T / n), rounds: the same of items, which change only where tiles do, larger: of two; of numbers or of
+    expressions. ValueError for a weight without slabs.
     """
     if problem.slabs is None:
         raise ValueError(f"a weight {problem.shape[0]}x{problem.shape[1]} without slabs has no prefill schedule")
-    slabs, item = problem.slabs, item_cost(schedule, problem.slabs.rows, gpu)
-    groups = max(1, -(-slabs.panels // schedule.group))
-    work = (slabs.slabs - slabs.sparse_slabs) * item.dense + slabs.sparse_slabs * item.sparse
+    slabs, cost = problem.slabs, item_cost(schedule, problem.slabs, gpu, c)
+    groups, workers = max(1, -(-slabs.panels // schedule.group)), gpu.sms // schedule.ctas
+    work = (slabs.slabs - slabs.sparse_slabs) * cost.dense + slabs.sparse_slabs * cost.sparse
+    item = work / groups / schedule.panel_ctas + cost.end
     items = tiles(tokens, schedule.tokens * schedule.token_ctas) * groups
-    return ASSUMED.start + rounds(items, gpu.sms // schedule.ctas) * (work / groups / schedule.panel_ctas + item.end)
+    evenly = items * (item / workers)
+    longest = rounds(items, workers) * item
+    if schedule.split:
+        chained = larger(evenly, item) + cost.write + cost.read
+        longest = -larger(-longest, -chained)
+        for parts in range(2, _MOST_PARTS + 1):
+            equal = rounds(items * parts, workers) * (item / parts) + cost.write + (parts - 1) * cost.read
+            longest = -larger(-longest, -equal)
+    busy = (1 - c.idle) * longest + c.idle * evenly
+    weights = slabs.slabs * slabs.rows * 128 + slabs.sparse_slabs * slabs.rows * 16
+    return c.start + larger(busy, (weights + tokens * (2 * sum(problem.shape))) / gpu.bandwidth)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,26 +13,39 @@ from codegen import emit
 from codegen.gpu import GpuSpec
 from codegen.prefill_cost import item_cost
 from codegen.prefill_plan import deal, program
+from codegen.prefill_split import share
 from codegen.schedule import Prefill, Problem
+from codegen.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Of a number of token tiles, on the device: headers of what items refer to, the items, and how many parts these have."""
+
+    headers: Tensor
+    items: Tensor
+    parts: int
 
 
 class PrefillLaunch:
     """One schedule's launches of one layer. Lists of items are made for each number of token tiles that it meets, and kept:
     captured graphs may point to them.
 
-    to_device: brings a table there to stay, or says why it cannot now. made_for: a line for the emitted module.
+    to_device: brings a table there to stay, or says why it cannot now. workspace: at least so many partial sums and counters
+    for a launch on the current stream. made_for: a line for the emitted module.
     """
 
     def __init__(
-        self, schedule: Prefill, problem: Problem, gpu: GpuSpec, to_device: Callable[[Tensor], Tensor], made_for: str
-    ) -> None:
+        self, schedule: Prefill, problem: Problem, gpu: GpuSpec, to_device: Callable[[Tensor], Tensor],
+        workspace: Callable[[int, int], Workspace], made_for: str,
+    ) -> None:  # fmt: skip
         assert problem.slabs is not None
-        self.schedule, self.problem, self.gpu, self._to_device = schedule, problem, gpu, to_device
+        self.schedule, self.problem, self.gpu, self._to_device, self._workspace = schedule, problem, gpu, to_device, workspace
         self.rows = problem.slabs.rows
-        cost = item_cost(schedule, self.rows, gpu)
-        self._work = program(problem.slabs, schedule.group, cost, apart=schedule.panel_ctas == 2)
-        self._program = to_device(self._work.table)
-        self._items: dict[int, Tensor] = {}
+        self._cost = item_cost(schedule, problem.slabs, gpu)
+        self._groups = program(problem.slabs, schedule.group, self._cost, apart=schedule.panel_ctas == 2)
+        self._program = to_device(self._groups.table)
+        self._works: dict[int, _Work] = {}
         self._jit = emit.kernel(emit.Specialisation(schedule, self.rows, problem.dtype, problem.bias), made_for)
         self._options: dict[str, Any] = {"num_warps": 4}
         if schedule.cluster:
@@ -44,22 +58,29 @@ class PrefillLaunch:
         if x.data_ptr() % 16:
             x = x.clone()
         out = torch.empty_like(y) if y.data_ptr() % 16 else y  # TMA writes to multiples of 16 bytes
-        items = self._items_for(x.shape[0])
-        self._jit[(items.shape[0],)](
-            *self._descriptors(x, values, metadata, out), y if bias is None else bias, self._program, items, items.shape[1],
-            self.problem.shape[0], **self._options,
+        work, s = self._work_for(x.shape[0]), self.schedule
+        held = 2 * s.ctas * work.parts  # by a warpgroup each
+        partials, counters = self._workspace(held * s.height(self.rows) * s.tokens, held) if s.split else (work.headers,) * 2
+        self._jit[(work.items.shape[0],)](
+            *self._descriptors(x, values, metadata, out), y if bias is None else bias, partials, counters, self._program,
+            work.headers, work.items, work.items.shape[1], self.problem.shape[0], **self._options,
         )  # fmt: skip
         if out is not y:
             y.copy_(out)
 
-    def _items_for(self, tokens: int) -> Tensor:
+    def _work_for(self, tokens: int) -> _Work:
         s = self.schedule
         width = s.tokens * s.token_ctas
-        tiles = -(-tokens // width)
-        found = self._items.get(tiles)
+        tiles, workers, inputs = -(-tokens // width), self.gpu.sms // s.ctas, self.problem.shape[1]
+        found = self._works.get(tiles)
         if found is None:
-            table, _ = deal(self._work.costs, tiles, self.gpu.sms // s.ctas, tokens=width, in_features=self.problem.shape[1])
-            found = self._items[tiles] = self._to_device(table)
+            if s.split:
+                shares = share(self._groups, self._cost, tiles, workers, tokens=width, in_features=inputs)
+                found = _Work(self._to_device(shares.headers), self._to_device(shares.items), shares.parts)
+            else:
+                table, _ = deal(self._groups.costs, tiles, workers, tokens=width, in_features=inputs)
+                found = _Work(self._program, self._to_device(table), 0)
+            self._works[tiles] = found
         return found
 
     def _descriptors(self, x: Tensor, values: Tensor, metadata: Tensor, y: Tensor) -> tuple[Any, ...]:

@@ -41,19 +41,24 @@ _EXCHANGES = 400  # of items between lists
 
 @dataclass(frozen=True)
 class ItemCost:
-    """What a dense slab, a sparse slab and the end of an item cost, in any one unit."""
+    """What a dense slab, a sparse slab and the end of an item cost, in any one unit. write, read: of an item that is done in
+    parts, to put one away and to add one that was."""
 
     dense: float
     sparse: float
     end: float
+    write: float = 0.0
+    read: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """table: int32 on the CPU. costs: float64 [groups], of one item each."""
+    """table: int32 on the CPU. costs: float64 [groups], of one item each. kinds: of each group, for each of its panels SKIP,
+    DENSE and SPARSE in the order of the runs."""
 
     table: Tensor
     costs: np.ndarray
+    kinds: list[list[np.ndarray]]
 
     @property
     def groups(self) -> int:
@@ -66,7 +71,7 @@ def program(slabs: SlabMap, panels: int, cost: ItemCost, apart: bool = False) ->
     metadata_row = np.where(slabs.sparse.numpy(), np.cumsum(slabs.sparse.numpy()) - 1, -1)
     header = np.zeros((len(members), HEADER), dtype=np.int64)
     parts: list[np.ndarray] = [header.reshape(-1)]
-    costs, end = np.zeros(len(members)), header.size
+    costs, all_kinds, end = np.zeros(len(members)), [], header.size
 
     def place(part: np.ndarray) -> int:
         nonlocal end
@@ -80,14 +85,15 @@ def program(slabs: SlabMap, panels: int, cost: ItemCost, apart: bool = False) ->
         work = []
         for i, panel in enumerate(group[:panels]):
             kinds, taken = jobs[i]
-            runs = _runs(kinds)
+            runs = runs_of(kinds)
             taken_slabs = place(np.stack([taken, metadata_row[taken]], 1).reshape(-1))
             first_run = runs[0] if len(runs) else 0
             header[g, 2 + 6 * i : 8 + 6 * i] = panel, taken_slabs, len(taken), place(runs), len(runs), first_run
             work.append(cost.dense * np.count_nonzero(kinds == DENSE) + cost.sparse * np.count_nonzero(kinds == SPARSE))
+        all_kinds.append([kinds for kinds, _ in jobs])
         costs[g] = (max(work) if apart else sum(work)) + cost.end
     parts.append(np.zeros(HEADER, dtype=np.int64))  # kernels read one entry ahead
-    return Program(torch.from_numpy(np.concatenate(parts).astype(np.int32)), costs)
+    return Program(torch.from_numpy(np.concatenate(parts).astype(np.int32)), costs, all_kinds)
 
 
 def pairs(slabs: SlabMap, cost: ItemCost, apart: bool) -> list[tuple[int, int]]:
@@ -177,7 +183,7 @@ def _together(slabs: SlabMap, group: tuple[int, int]) -> tuple[np.ndarray, list[
     return blocks, jobs
 
 
-def _runs(kinds: np.ndarray) -> np.ndarray:
+def runs_of(kinds: np.ndarray) -> np.ndarray:
     """Words of runs: as many kinds in one as stand in the order of their places in it."""
     words, last = [], SPARSE
     for kind, run in groupby(kinds.tolist()):
@@ -198,26 +204,38 @@ def deal(costs: np.ndarray, tiles: int, workers: int, *, tokens: int, in_feature
     """Items of all groups and token tiles for so many CTAs or clusters: int32 [workers used, 1 + most + 1], the number of items
     and then group | tile << 16, and float64 [workers used], the cost of each.
 
-    tokens: of a tile. As many token tiles as the L2 cache holds go through all groups before the next ones, groups from the
-    costly to the cheap, each item to whoever is done first; then items change hands while that shortens the longest list.
+    tokens: of a tile.
     """
-    together = max(1, _X_BYTES // (2 * in_features * tokens))
-    order = np.argsort(-costs, kind="stable").tolist()
-    raster = [(g, t) for first in range(0, tiles, together) for g in order for t in range(first, min(first + together, tiles))]
-    workers = min(workers, len(raster))
-    lists: list[list[int]] = [[] for _ in range(workers)]
-    queue = [(0.0, w) for w in range(workers)]
-    for i, (g, _) in enumerate(raster):
-        busy, w = queue[0]
-        lists[w].append(i)
-        heapq.heapreplace(queue, (busy + costs[g], w))
-    item_costs = np.array([costs[g] for g, _ in raster])
-    _even_out(lists, item_costs)
-    table = np.zeros((workers, max(map(len, lists)) + 2), dtype=np.int32)
+    order = raster(costs, tiles, tokens=tokens, in_features=in_features)
+    lists, load = assign(np.array([costs[g] for g, _ in order]), workers)
+    table = np.zeros((len(lists), max(map(len, lists)) + 2), dtype=np.int32)
     for w, mine in enumerate(lists):
         table[w, 0] = len(mine)
-        table[w, 1 : 1 + len(mine)] = [raster[i][0] | raster[i][1] << 16 for i in sorted(mine)]
-    return torch.from_numpy(table), np.array([item_costs[mine].sum() for mine in lists])
+        table[w, 1 : 1 + len(mine)] = [order[i][0] | order[i][1] << 16 for i in mine]
+    return torch.from_numpy(table), load
+
+
+def raster(costs: np.ndarray, tiles: int, *, tokens: int, in_features: int) -> list[tuple[int, int]]:
+    """All items, (group, token tile): as many token tiles as the L2 cache holds go through all groups before the next ones,
+    groups from the costly to the cheap."""
+    together = max(1, _X_BYTES // (2 * in_features * tokens))
+    order = np.argsort(-costs, kind="stable").tolist()
+    return [(g, t) for first in range(0, tiles, together) for g in order for t in range(first, min(first + together, tiles))]
+
+
+def assign(costs: np.ndarray, workers: int) -> tuple[list[list[int]], np.ndarray]:
+    """Each item to whoever is done first; then items change hands while that shortens the longest list.
+
+    Lists of items in order, no more than there are items, and float64 [lists] the cost of each.
+    """
+    lists: list[list[int]] = [[] for _ in range(min(workers, len(costs)))]
+    queue = [(0.0, w) for w in range(len(lists))]
+    for i, cost in enumerate(costs):
+        busy, w = queue[0]
+        lists[w].append(i)
+        heapq.heapreplace(queue, (busy + cost, w))
+    _even_out(lists, costs)
+    return [sorted(mine) for mine in lists], np.array([costs[mine].sum() for mine in lists])
 
 
 def _even_out(lists: list[list[int]], costs: np.ndarray) -> None:

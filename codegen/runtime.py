@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -161,7 +162,9 @@ class Layer:
             if reason is not None:
                 raise ValueError(f"schedule {s}: {reason}")
             with self._lock:
-                found = self._prefills.get((s, bias)) or PrefillLaunch(s, problem, self.gpu, self._to_device, self._made_for())
+                found = self._prefills.get((s, bias)) or PrefillLaunch(
+                    s, problem, self.gpu, self._to_device, partial(_workspaces.get, self.device), self._made_for()
+                )
                 self._prefills[s, bias] = found
         return found
 

@@ -20,8 +20,9 @@ TURNS = (8192, 4096)
 CLUSTERS: tuple[Cluster, ...] = ("", "tokens", "panels")
 STAGE_COUNTS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
 MOST_DECODE_TOKENS = 1024  # by then a decode kernel has read the weights more often than an expansion takes
+MOST_SPLIT_TOKENS = 1024
 # up to each of these T, and beyond the last, the same schedules are worth a thought
-REGIMES = (*TOKEN_TILES, MOST_DECODE_TOKENS)
+REGIMES = tuple(sorted({*TOKEN_TILES, MOST_DECODE_TOKENS, MOST_SPLIT_TOKENS}))
 
 
 MOST_STAGES = 31  # work plans are padded for kernels that read them this far ahead
@@ -120,7 +121,8 @@ class Prefill:
     tokens: width of the token tile. panels: that a CTA computes at once, each block of X is loaded once for all of them.
     x_stages, w_stages: blocks of X and slabs of each panel in flight. cluster: what two CTAs side by side differ in, "tokens"
     (they share the slabs by TMA multicast) or "panels" (they share the blocks of X). early_start: programmatic dependent
-    launch. turn: bytes of a warpgroup's outputs that pass through shared memory at once.
+    launch. turn: bytes of a warpgroup's outputs that pass through shared memory at once. split: some outputs may be computed in
+    parts, each over some of the columns, where that gives all CTAs the same work (codegen/prefill_split.py).
     """
 
     tokens: int
@@ -130,10 +132,11 @@ class Prefill:
     cluster: Cluster = ""
     early_start: bool = False
     turn: int = 8192
+    split: bool = False
 
     def __str__(self) -> str:
         words = (f" two {self.cluster}" if self.cluster else "") + (" early" if self.early_start else "")
-        words += "" if self.turn == 8192 else f" {self.turn} B"
+        words += (" split" if self.split else "") + ("" if self.turn == 8192 else f" {self.turn} B")
         return f"prefill {self.panels}p {self.tokens}t x{self.x_stages}+{self.w_stages}{words}"
 
     @property
@@ -236,7 +239,8 @@ def legal_schedules(problem: Problem, gpu: GpuSpec, tokens: int) -> Iterator[Sch
             yield schedule
     if tokens > TOKEN_TILES[-2]:
         for prefill in prefill_schedules(problem, gpu):
-            if (prefill.w_stages, prefill.turn) == (3, TURNS[0]):  # other divisions of the rings: for autotune
+            # other divisions of the rings are for autotune; many tokens make enough items without parts
+            if (prefill.w_stages, prefill.turn) == (3, TURNS[0]) and not (prefill.split and tokens > MOST_SPLIT_TOKENS):
                 yield replace(prefill, early_start=True)
 
 
@@ -269,3 +273,4 @@ def prefill_schedules(problem: Problem, gpu: GpuSpec) -> Iterator[Prefill]:
                         for schedule in islice((s for s in rings if s.why_illegal(problem, gpu) is None), 1):
                             most = schedule.x_stages
                             yield schedule
+                            yield replace(schedule, split=True)

@@ -256,7 +256,7 @@ _KINDS: dict[str, type[Decode] | type[Prefill] | type[Gemm] | type[Reference]] =
 }  # fmt: skip
 _TYPES: dict[str, type] = {
     "family": str, "tokens": int, "stages": int, "ctas_per_sm": int, "early_start": bool, "halves": bool, "expand": bool,
-    "panels": int, "x_stages": int, "w_stages": int, "cluster": str, "turn": int,
+    "panels": int, "x_stages": int, "w_stages": int, "cluster": str, "turn": int, "split": bool,
 }  # fmt: skip
 
 

@@ -47,8 +47,9 @@ def test_the_modules_constants_are_the_schedules(what: Specialisation, tmp_path:
 
 def test_the_prefill_modules_constants_are_the_schedules(tmp_path: Path) -> None:
     module = emit._load(emit.emit(PREFILL, directory=tmp_path))
-    names = ("ROWS", "PANELS", "TOKENS", "TOKEN_CTAS", "PANEL_CTAS", "X_STAGES", "W_STAGES", "OUT_TOKENS", "EARLY_START")
-    assert [getattr(module, name).value for name in names] == [128, 2, 128, 2, 1, 5, 3, 32, True]
+    names = ("ROWS", "PANELS", "TOKENS", "TOKEN_CTAS", "PANEL_CTAS", "X_STAGES", "W_STAGES", "SPLIT", "EARLY_START")
+    assert [getattr(module, name).value for name in names] == [128, 2, 128, 2, 1, 5, 3, False, True]
+    assert module.OUT_TOKENS.value == 32
     for text in (module.SPARSE_0.value, module.SPARSE_1.value):
         assert text.count("wgmma.mma_async.sp.sync.aligned.m64n128k32.f32.f16.f16") == 4
     assert module.DENSE.value.count("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16") == 8
@@ -56,7 +57,8 @@ def test_the_prefill_modules_constants_are_the_schedules(tmp_path: Path) -> None
     assert "shared::cluster" in module.RELEASE_W.value
     assert "shared::cluster" not in module.RELEASE_X.value
     made = [
-        Specialisation(Prefill(tokens, panels, 3, 3, cluster), rows, dtype, bias)
+        Specialisation(Prefill(tokens, panels, 3, 3, cluster, split=split), rows, dtype, bias)
+        for split in (False, True)
         for (tokens, panels, rows) in ((256, 1, 128), (128, 2, 128), (128, 1, 128), (256, 2, 64), (128, 2, 64))
         for cluster in CLUSTERS
         for dtype in ("bfloat16", "float16")

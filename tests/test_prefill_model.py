@@ -1,7 +1,7 @@
 """The prefill kernel's algorithm, played through on the CPU: its roles wait for each other in any order, on bytes of shared
 memory, with the kernel's own PTX, and what comes out is the product.
 
-An overwritten slot, a deadlock or a wrong descriptor fails.
+An overwritten slot, a deadlock, a wrong descriptor or a part that is read before it is written fails.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from codegen.formats.oracle import tensor_copy
 from codegen.formats.slabs import Slabs, to_slabs
 from codegen.isa import wgmma
 from codegen.prefill_plan import HEADER, ItemCost, deal, program
+from codegen.prefill_split import share
 from codegen.schedule import CLUSTERS, Cluster, Prefill
 from patch_compiler import HardMask, TileKind, TileMap, pack
 from patch_compiler.packed import unpack
@@ -79,8 +80,19 @@ class Memory:
         self.smem[at : at + source.numel()] = source
 
 
+@dataclass(frozen=True)
+class Item:
+    """header: what the kernel finds there. first: part of the same outputs; place: among them, `others` more."""
+
+    header: list[int]
+    tile: int
+    first: int = 0
+    place: int = 0
+    others: int = 0
+
+
 class Model:
-    """A launch: a cluster for each row of items, all roles of all its CTAs taking turns at random."""
+    """A launch: a cluster for each row of items, all roles of all CTAs taking turns at random."""
 
     def __init__(self, slabs: Slabs, x: Tensor, s: Prefill, workers: int, seed: int) -> None:
         self.slabs, self.s, self.rows, self.random = slabs, s, slabs.map.rows, random.Random(seed)
@@ -89,24 +101,40 @@ class Model:
         self.tiles = -(-tokens // width)
         padded = torch.nn.functional.pad(x.view(torch.int16), (0, blocks * 64 - inputs, 0, self.tiles * width - tokens))
         self.x = padded.view(-1, s.tokens, blocks, 64).transpose(1, 2).contiguous()  # [tile of a CTA, block, tokens, 64]
-        self.work = program(slabs.map, s.group, COST, s.panel_ctas == 2)
-        self.table = self.work.table.tolist()
-        items, _ = deal(self.work.costs, self.tiles, workers, tokens=width, in_features=inputs)
-        self.items = [row[1 : 1 + row[0]] for row in items.tolist()]
+        work = program(slabs.map, s.group, COST, s.panel_ctas == 2)
+        self.table = self.headers = work.table.tolist()
+        self.parts, self.items = 0, []
+        if s.split:
+            shares = share(work, COST, self.tiles, workers, tokens=width, in_features=inputs)
+            self.headers, self.parts, rows = shares.headers.tolist(), shares.parts, shares.items.tolist()
+            for row in rows:
+                triples = zip(*(row[1 + i : 1 + 3 * row[0] : 3] for i in range(3)), strict=True)
+                self.items.append([self.item(word, first, place & 0xFFFF, place >> 16) for word, first, place in triples])
+        else:
+            table, _ = deal(work.costs, self.tiles, workers, tokens=width, in_features=inputs)
+            self.items = [[self.item(word) for word in row[1 : 1 + row[0]]] for row in table.tolist()]
+        height = s.height(self.rows)
+        self.partials = torch.full((self.parts, 2, s.ctas, height, s.tokens), float("nan"), dtype=torch.float64)
+        self.counters = torch.zeros(self.parts, 2, s.ctas, dtype=torch.int32)
         self.y = torch.full((self.tiles * width, slabs.map.panels * self.rows), float("nan"), dtype=torch.float64)
         strips, dtype = s.height(self.rows) // 64, PTX_DTYPES[x.dtype]
         self.dense = wgmma.dense_block(strips, s.tokens, dtype)
         self.sparse = [wgmma.sparse_half(half, self.rows, strips, s.tokens, dtype) for half in range(2)]
 
+    def item(self, word: int, *parts: int) -> Item:
+        first = (word & 0xFFFF) * HEADER
+        return Item(self.headers[first : first + HEADER], word >> 16, *parts)
+
     def run(self) -> Tensor:
+        roles = []
         for items in self.items:
             memories = [Memory(self.s, self.rows) for _ in range(self.s.ctas)]
-            roles = []
             for cta in range(self.s.ctas):
                 roles += [self.load_x(memories, cta, items)]
                 roles += [self.load_w(memories, cta, items, panel) for panel in range(self.s.panels)]
                 roles += [self.compute(memories, cta, items, warpgroup) for warpgroup in range(2)]
-            self.play(roles)
+        self.play(roles)
+        assert not self.counters.any(), "not as the next launch wants them"
         return self.y
 
     def play(self, roles: list[Role]) -> None:
@@ -120,21 +148,17 @@ class Model:
             except StopIteration:
                 del waiting[role]
 
-    def header(self, item: int) -> list[int]:
-        group = item & 0xFFFF
-        return self.table[group * HEADER : (group + 1) * HEADER]
-
     def load_x(self, memories: list[Memory], cta: int, items: list[int]) -> Role:
         s, size = self.s, self.s.tokens * 128
         slots = ring(s.x_stages)
         for item in items:
-            first, count = self.header(item)[:2]
+            first, count = item.header[:2]
             for block in self.table[first : first + count]:
                 slot, phase = next(slots)
                 yield memories[cta].empty_x[slot], phase ^ 1
                 memories[cta].ready_x[slot].arrive(size)
                 yield None
-                tile = (item >> 16) * s.token_ctas + (cta if s.token_ctas == 2 else 0)
+                tile = item.tile * s.token_ctas + (cta if s.token_ctas == 2 else 0)
                 for memory in self.receivers(memories, cta, s.panel_ctas == 2):
                     memory.copy(tensor_copy(self.x[tile, block]), memory.x_at + slot * size)
                     memory.ready_x[slot].come(size)
@@ -148,7 +172,7 @@ class Model:
         s, slots = self.s, ring(self.s.w_stages)
         values, metadata = self.slabs.values, self.slabs.metadata
         for item in items:
-            first, count = self.header(item)[3 + 6 * (cta if s.panel_ctas == 2 else panel) :][:2]
+            first, count = item.header[3 + 6 * (cta if s.panel_ctas == 2 else panel) :][:2]
             for entry in range(first, first + 2 * count, 2):
                 slab, row = self.table[entry : entry + 2]
                 slot, phase = next(slots)
@@ -172,9 +196,9 @@ class Model:
         x_users, w_users = (memories if n == 2 else [mine] for n in (s.panel_ctas, s.token_ctas))
         x_slots, w_slots = ring(s.x_stages), ring(s.w_stages)
         for item in items:
-            panel, _, _, runs, n_runs = self.header(item)[2 + 6 * which :][:5]
+            panel, _, _, runs, n_runs = item.header[2 + 6 * which :][:5]
             group = Warpgroup(mine.smem, 128 * warpgroup, height // 64, s.tokens, cta)
-            for word in self.table[runs : runs + n_runs]:
+            for word in self.headers[runs : runs + n_runs]:
                 for _ in range(word & 0x3FF):
                     slot, phase = next(x_slots)
                     yield mine.ready_x[slot], phase
@@ -199,21 +223,52 @@ class Model:
                             memory.empty_x[slot].arrive()
                     for memory in w_users:
                         memory.empty_w[w_slot].arrive()
-            if panel >= 0:
-                tile = (item >> 16) * s.token_ctas + (cta if s.token_ctas == 2 else 0)
+            sums, complete = group.result(), True
+            if panel >= 0 and item.others:
+                sums, complete = yield from self.meet(sums, item, (warpgroup, cta))
+            if panel >= 0 and complete:
+                tile = item.tile * s.token_ctas + (cta if s.token_ctas == 2 else 0)
                 token, feature = tile * s.tokens, panel * self.rows + upper
                 target = self.y[token : token + s.tokens, feature : feature + height]
                 assert target.isnan().all(), "written twice"
-                target.copy_(group.result().T)
+                target.copy_(sums.T)
+
+    def meet(self, own: Tensor, item: Item, which: tuple[int, int]) -> Generator[None, None, tuple[Tensor, bool]]:
+        """which: warpgroup and CTA."""
+        counter = self.counters[item.first][which]
+        arrived = 0
+        if item.place == 0:
+            yield
+            arrived = int(counter)
+            counter.copy_(0 if arrived == item.others else arrived)
+        if arrived < item.others:
+            held = self.partials[item.first + item.place][which]
+            assert held.isnan().all(), "written twice"
+            held.copy_(own)
+            yield
+            arrived = int(counter)
+            counter.copy_(0 if arrived >= item.others else arrived + 1)
+        if arrived < item.others:
+            return own, False
+        yield
+        total = torch.zeros_like(own)
+        for place in range(item.others + 1):
+            part = own if place == item.place else self.partials[item.first + place][which]
+            assert not part.isnan().any(), "read before it was written"
+            total += part
+        return total, True
 
 
-def check(mask: HardMask, s: Prefill, dtype: torch.dtype, tokens: int, workers: int, seed: int = 0) -> None:
+def check(mask: HardMask, s: Prefill, dtype: torch.dtype, tokens: int, workers: int, seed: int = 0) -> tuple[Tensor, int]:
+    """What the kernel writes, and how many parts there were."""
     m, k = mask.tile_map.shape
     packed = pack(random_weight((m, k), dtype, seed), mask)
     slabs, x = to_slabs(packed, "rows"), random_weight((tokens, k), dtype, seed + 1)
-    y = Model(slabs, x, s, workers, seed).run()
+    model = Model(slabs, x, s, workers, seed)
+    y = model.run()
     assert not y.isnan().any()
     torch.testing.assert_close(y[:tokens, :m], x.double() @ unpack(packed).double().T, atol=1e-9, rtol=1e-9)
+    return y, model.parts
 
 
 @pytest.mark.parametrize("dtype", PTX_DTYPES)
@@ -245,6 +300,31 @@ def test_any_order_of_the_roles_gives_the_product() -> None:
             check(mask, s, torch.bfloat16, 128, workers=1, seed=seed)
 
 
+@pytest.mark.parametrize("cluster", CLUSTERS)
+@pytest.mark.parametrize(
+    ("panels", "tokens", "tile"), [(1, 256, 128), (1, 128, 128), (2, 128, 128), (2, 256, 64), (2, 128, 64)]
+)
+def test_parts_add_up(panels: int, tokens: int, tile: int, cluster: Cluster) -> None:
+    """Fewer items than workers and more, and whole ones between."""
+    s = Prefill(tokens, panels, 3, 2, cluster, split=True)
+    if s.group <= 2:
+        mask = random_hard_mask((tile * 2 + 24, 640), (tile, 128))
+        parts = [check(mask, s, torch.bfloat16, tokens * s.token_ctas + 40, workers=workers)[1] for workers in (3, 5)]
+        assert max(parts) > 1
+
+
+def test_who_is_last_does_not_matter() -> None:
+    kinds = torch.tensor([[1, 2, 2, 1, 0, 2, 1, 1], [0, 0, 0, 0, 0, 0, 0, 0], [2, 2, 1, 2, 2, 2, 2, 2]], dtype=torch.uint8)
+    mask = HardMask.select(TileMap((300, 1024), (128, 128), kinds), torch.rand(300, 1024))
+    for s in (Prefill(128, 1, 3, 2, split=True), Prefill(128, 2, 3, 2, "tokens", split=True)):
+        first, parts = check(mask, s, torch.bfloat16, 100, workers=6, seed=1)
+        assert parts > 2
+        for seed in range(3):
+            slabs = to_slabs(pack(random_weight((300, 1024), torch.bfloat16, 1), mask), "rows")
+            y = Model(slabs, random_weight((100, 1024), torch.bfloat16, 2), s, 6, seed).run()
+            assert torch.equal(y, first)
+
+
 def test_columns_in_narrow_tiles() -> None:
     """2:4 blocks that are no neighbours: for one panel at a time."""
     kinds = torch.tensor([[2, 1, 2, 0, 2, 2, 1, 2, 2]], dtype=torch.uint8)
@@ -252,3 +332,4 @@ def test_columns_in_narrow_tiles() -> None:
     slabs = to_slabs(pack(random_weight((128, 576), torch.bfloat16, 0), mask), "rows")
     assert not slabs.map.in_pairs
     check(mask, Prefill(256, 1, 3, 2), torch.bfloat16, 100, workers=4)
+    assert check(mask, Prefill(128, 1, 3, 2, split=True), torch.bfloat16, 100, workers=4)[1] > 1

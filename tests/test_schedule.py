@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -134,6 +135,7 @@ def test_prefill_schedules_are_legal_and_fill_the_memory() -> None:
         assert len({str(s) for s in found}) == len(found) >= 6
         assert {s.cluster for s in found} == {"", "tokens", "panels"} if rows == 128 else {"", "tokens"}
         assert max(s.shared_bytes(rows) for s in found) > 0.95 * gpu.shared_bytes
+        assert {s for s in found if s.split} == {replace(s, split=True) for s in found if not s.split}
         chosen_from = [s for s in legal_schedules(problem(rows), gpu, 4096) if isinstance(s, Prefill)]
         assert {(s.tokens, s.panels, s.cluster) for s in chosen_from} == {(s.tokens, s.panels, s.cluster) for s in found}
         assert len(chosen_from) < len(found)

@@ -32,7 +32,8 @@ def entry_of(problem: Problem, tokens: int = 1, schedule=OTHER, us=10.0, default
 
 
 @pytest.mark.parametrize(
-    "schedule", [OTHER, Decode("stream", 32, 4, 2), Prefill(128, 2, 5, 3, "tokens"), Gemm(True), Gemm(False), Reference()]
+    "schedule",
+    [OTHER, Decode("stream", 32, 4, 2), Prefill(128, 2, 5, 3, "tokens", split=True), Gemm(True), Gemm(False), Reference()],
 )
 def test_a_table_comes_back_as_it_was_written(tmp_path, schedule):
     path, entry = tmp_path / "deep" / "t.json", entry_of(problem_of(), 16, schedule)

@@ -8,6 +8,10 @@ Both kinds add to the same accumulators; nothing depends on who is faster.
 
 CTAs may come in clusters of two that share by TMA multicast: with TOKEN_CTAS = 2 they have neighbouring token tiles of the
 same panels, and share the slabs; with PANEL_CTAS = 2 each has a panel of a group of two, and they share the blocks of X.
+
+With SPLIT an item may be a part of a group's program, its outputs sums over some of the columns (codegen/prefill_split.py).
+Each warpgroup that has such a part puts it away in float32, the last to arrive of those with the same outputs adds all parts in
+the plan's order, so the result does not depend on who was last. Nobody waits for anybody.
 """
 
 # mypy: ignore-errors
@@ -23,8 +27,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from codegen.isa import arrivals, wgmma
 from codegen.isa import mbarrier as ptx_mbarrier
-from codegen.isa import wgmma
 
 # --- schedule: codegen/emit.py rewrites this block ---
 DTYPE = gl.constexpr(gl.bfloat16)
@@ -35,6 +39,7 @@ TOKEN_CTAS = gl.constexpr(1)  # of a cluster, side by side in tokens
 PANEL_CTAS = gl.constexpr(1)  # of a cluster, with a panel each
 X_STAGES = gl.constexpr(4)  # blocks of X in flight
 W_STAGES = gl.constexpr(3)  # slabs of each panel in flight
+SPLIT = gl.constexpr(False)  # items may be parts of a group's program
 OUT_TOKENS = gl.constexpr(64)  # that leave through shared memory at once
 HAS_BIAS = gl.constexpr(False)
 EARLY_START = gl.constexpr(False)  # programmatic dependent launch: fetch weights while the kernel before still runs
@@ -46,12 +51,18 @@ SPARSE_OPERANDS = gl.constexpr(wgmma.constraints(1, 256, 3))
 WAIT = gl.constexpr(ptx_mbarrier.wait(1))
 RELEASE_X = gl.constexpr(ptx_mbarrier.release(1, False))
 RELEASE_W = gl.constexpr(ptx_mbarrier.release(1, False))
+ARRIVE = gl.constexpr(arrivals.arrive())
+ARRIVE_LAST = gl.constexpr(arrivals.arrive_last())
+ARRIVE_OPERANDS = gl.constexpr(arrivals.CONSTRAINTS)
 # --- end of schedule ---
 
 HEIGHT = gl.constexpr(ROWS * PANELS // 2)  # rows that a warpgroup computes
 CTAS = gl.constexpr(TOKEN_CTAS * PANEL_CTAS)
+AT_ONCE = gl.constexpr(32)  # of a thread's sums, when parts are added
 HEADER = gl.constexpr(16)  # of a group
 PANEL = gl.constexpr(6)  # of that, for each panel after the first two
+ITEM = gl.constexpr(3 if SPLIT else 1)
+PART = gl.constexpr(HEIGHT * TOKENS * CTAS)  # sums that the warpgroups of one number have in all CTAs of a cluster
 
 
 @gluon.jit
@@ -70,13 +81,13 @@ def _rank():
 
 
 @gluon.jit
-def _load_x(x_desc, program, items, n_items, x, ready, empty):
+def _load_x(x_desc, program, headers, items, n_items, x, ready, empty):
     if EARLY_START:
         gdc_wait()  # X is what the kernel before writes
     slot = 0
     phase = 0
     word = gl.load(items)
-    group = program + (word & 0xFFFF) * HEADER
+    group = headers + (word & 0xFFFF) * HEADER
     first = gl.load(group)
     count = gl.load(group + 1)
     for i in range(n_items):
@@ -85,8 +96,8 @@ def _load_x(x_desc, program, items, n_items, x, ready, empty):
         blocks = count
         block = gl.load(entry)
         # the next item's, long before it is needed
-        word = gl.load(items + i + 1)
-        group = program + (word & 0xFFFF) * HEADER
+        word = gl.load(items + (i + 1) * ITEM)
+        group = headers + (word & 0xFFFF) * HEADER
         first = gl.load(group)
         count = gl.load(group + 1)
         for _ in range(blocks):
@@ -100,14 +111,16 @@ def _load_x(x_desc, program, items, n_items, x, ready, empty):
 
 
 @gluon.jit
-def _load_w(values_desc, metadata_desc, program, items, n_items, values, metadata, ready, empty, RING: gl.constexpr):
+def _load_w(
+    values_desc, metadata_desc, program, headers, items, n_items, values, metadata, ready, empty, RING: gl.constexpr
+):  # fmt: skip
     base: gl.constexpr = RING * W_STAGES
     mine = 2 + PANEL * (RING if PANEL_CTAS == 1 else _rank())
     slot = 0
     phase = 0
     if RING >= PANELS:
         n_items = 0
-    group = program + (gl.load(items) & 0xFFFF) * HEADER + mine
+    group = headers + (gl.load(items) & 0xFFFF) * HEADER + mine
     first = gl.load(group + 1)
     count = gl.load(group + 2)
     for i in range(n_items):
@@ -115,7 +128,7 @@ def _load_w(values_desc, metadata_desc, program, items, n_items, values, metadat
         slabs = count
         slab = gl.load(entry)
         metadata_row = gl.load(entry + 1)
-        group = program + (gl.load(items + i + 1) & 0xFFFF) * HEADER + mine
+        group = headers + (gl.load(items + (i + 1) * ITEM) & 0xFFFF) * HEADER + mine
         first = gl.load(group + 1)
         count = gl.load(group + 2)
         for _ in range(slabs):
@@ -157,8 +170,69 @@ def _store(y_desc, acc, feature, token, out, WARPGROUP: gl.constexpr, TURN: gl.c
 
 
 @gluon.jit
+def _as_held(acc):
+    """All CTAs' sums as one line in the order the registers hold them: each thread four neighbours, 16 bytes."""
+    places = acc.reshape([PANEL_CTAS, HEIGHT // 64, 4, 2, 8, TOKEN_CTAS, TOKENS // 8, 4, 2])
+    return places.permute((1, 6, 0, 5, 2, 4, 7, 3, 8)).reshape([PART])
+
+
+@gluon.jit
+def _as_computed(line, acc_layout: gl.constexpr):
+    """The inverse of `_as_held`."""
+    places = line.reshape([HEIGHT // 64, TOKENS // 8, PANEL_CTAS, TOKEN_CTAS, 4, 8, 4, 2, 2])
+    acc = places.permute((2, 0, 4, 7, 5, 3, 1, 6, 8)).reshape([HEIGHT * PANEL_CTAS, TOKENS * TOKEN_CTAS])
+    return gl.convert_layout(acc, acc_layout, assert_trivial=True)
+
+
+@gluon.jit
+def _add_parts(own, source, part, first, end):
+    """own [n], the sums of `part`, and those of all others from `first` to `end`, added in this order."""
+    size: gl.constexpr = own.shape[0]
+    if size > 128 * AT_ONCE * CTAS:  # in pieces that leave registers for loads in flight
+        low, high = own.reshape([2, size // 2]).permute((1, 0)).split()
+        low = _add_parts(low, source, part, first, end)
+        high = _add_parts(high, source + size // 2, part, first, end)
+        total = gl.join(low, high).permute((1, 0)).reshape([size])
+    else:
+        source += gl.arange(0, size, own.type.layout)
+        total = gl.zeros([size], gl.float32, own.type.layout)
+        for p in range(first, part):
+            total += gl.load(source + p * (2 * PART), cache_modifier=".cg")
+        total += own
+        for p in range(part + 1, end):
+            total += gl.load(source + p * (2 * PART), cache_modifier=".cg")
+    return total
+
+
+@gluon.jit
+def _arrive(HOW: gl.constexpr, counter, others):
+    """How many of the others had arrived, from the warpgroup's first thread."""
+    apart: gl.constexpr = [] if CTAS == 1 else [[0]]
+    thread = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0], cga_layout=apart))
+    return gl.max(gl.inline_asm(HOW, ARRIVE_OPERANDS, [thread, counter, others], thread.type), 0)
+
+
+@gluon.jit
+def _meet(acc, partials, counter, first, place, others):
+    """Put this warpgroup's part away, or be the last and add all parts: the sums, and whether they are complete."""
+    line = _as_held(acc)
+    arrived = 0
+    if place == 0:  # by the plan the last to be done, and then nobody needs its sums
+        arrived = _arrive(ARRIVE_LAST, counter, others)
+    if arrived < others:
+        target = partials + (first + place) * (2 * PART) + gl.arange(0, PART, line.type.layout)
+        gl.store(target, line, cache_modifier=".cg")
+        gl.barrier()
+        arrived = _arrive(ARRIVE, counter, others)
+    complete = arrived == others
+    if complete:
+        acc = _as_computed(_add_parts(line, partials, first + place, first, first + others + 1), acc.type.layout)
+    return acc, complete
+
+
+@gluon.jit
 def _compute(
-    y_desc, bias_ptr, program, items, n_items, out_features, values, metadata, x, out,
+    y_desc, bias_ptr, partials, counters, headers, items, n_items, out_features, values, metadata, x, out,
     ready_x, empty_x, ready_w, empty_w, WARPGROUP: gl.constexpr,
 ):  # fmt: skip
     split: gl.constexpr = [] if CTAS == 1 else ([[0, 1]] if TOKEN_CTAS == 2 else [[1, 0]])
@@ -173,23 +247,26 @@ def _compute(
     upper: gl.constexpr = 0 if PANELS == 2 else WARPGROUP * HEIGHT  # rows of the panel above this warpgroup's
     mine = 2 + PANEL * (ring if PANEL_CTAS == 1 else rank)
     if EARLY_START:
-        gdc_wait()  # Y may still be in use by the kernel before
+        gdc_wait()  # Y and the sums of parts may still be in use by the kernel before
     x_slot = 0
     x_phase = 0
     w_slot = 0
     w_phase = 0
     word = gl.load(items)
-    group = program + (word & 0xFFFF) * HEADER + mine
+    group = headers + (word & 0xFFFF) * HEADER + mine
     panel = gl.load(group)
     at = gl.load(group + 3)
     n_runs = gl.load(group + 4)
     run = gl.load(group + 5)
     for i in range(n_items):
-        next_word = gl.load(items + i + 1)
+        next_word = gl.load(items + (i + 1) * ITEM)
+        if SPLIT:
+            first_part = gl.load(items + i * ITEM + 1)
+            place = gl.load(items + i * ITEM + 2)
         acc = gl.zeros([HEIGHT * PANEL_CTAS, TOKENS * TOKEN_CTAS], gl.float32, acc_layout)
         for _ in range(n_runs):
             at += 1
-            next_run = gl.load(program + at)
+            next_run = gl.load(headers + at)
             for _ in range(run & 0x3FF):  # blocks for the other panel
                 gl.inline_asm(WAIT, "r,r", [ready_x.index(x_slot), x_phase])
                 gl.barrier()  # of the warpgroup: no warp may still wait when the slot is filled again
@@ -227,15 +304,21 @@ def _compute(
         token = (word >> 16) * (TOKENS * TOKEN_CTAS)
         # the next item's, on their way while this one's outputs leave
         word = next_word
-        group = program + (word & 0xFFFF) * HEADER + mine
+        group = headers + (word & 0xFFFF) * HEADER + mine
         panel = gl.load(group)
         at = gl.load(group + 3)
         n_runs = gl.load(group + 4)
         run = gl.load(group + 5)
+        complete = here >= 0
+        if SPLIT:  # noqa: SIM102  # when compiling
+            if complete & (place >> 16 > 0):
+                held = partials + WARPGROUP * PART
+                counter = counters + (first_part * CTAS + rank) * 2 + WARPGROUP
+                acc, complete = _meet(acc, held, counter, first_part, place & 0xFFFF, place >> 16)
         if HAS_BIAS:
             known = (row < out_features - feature) & (here >= 0)
             acc += gl.load(bias_ptr + feature + row, mask=known, other=0.0).to(gl.float32)[:, None]
-        if here >= 0:
+        if complete:
             # the copy takes the two CTAs' parts for neighbours
             apart = rank * (TOKENS - OUT_TOKENS) if TOKEN_CTAS == 2 else 0
             _store(y_desc, acc, feature - beside, token + apart, out, WARPGROUP, 0)
@@ -244,13 +327,17 @@ def _compute(
 
 @gluon.jit(do_not_specialize=["items_stride"])
 def hopper_prefill(
-    x_desc, values_desc, metadata_desc, y_desc, bias_ptr, program_ptr, items_ptr, items_stride, out_features
+    x_desc, values_desc, metadata_desc, y_desc, bias_ptr, partials_ptr, counters_ptr, program_ptr, headers_ptr, items_ptr,
+    items_stride, out_features,
 ):  # fmt: skip
     """x [tokens, K], values [slabs * rows, 64], metadata [sparse slabs * 2, 2 * rows] and y [tokens, out_features] through TMA.
 
-    Grid: rows of the table of items; 4 warps. program: the groups' program. items: int32 [grid, items_stride], the number of
-    items, then group | token tile << 16 for each.
+    Grid: rows of the table of items; 4 warps. program: the groups' program. headers: with SPLIT, those of groups and of parts
+    of them, and runs. items: int32 [grid, items_stride], the number of items, then for each its header's number | token tile
+    << 16; with SPLIT also the first part of its outputs, and its own place among these parts | how many others there are << 16.
+    partials: float32, 2 * PART for each part. counters: int32, two for each part and CTA of a cluster, zero before and after.
     """
+    headers = headers_ptr if SPLIT else program_ptr
     items = items_ptr + gl.program_id(0) * items_stride
     n_items = gl.load(items)
     items += 1
@@ -272,13 +359,15 @@ def hopper_prefill(
         gdc_launch_dependents()
     gl.warp_specialize(
         [
-            (_compute, (y_desc, bias_ptr, program_ptr, items, n_items, out_features, values, metadata, x, out,
-                        ready_x, empty_x, ready_w, empty_w, 0)),
-            (_compute, (y_desc, bias_ptr, program_ptr, items, n_items, out_features, values, metadata, x, out,
-                        ready_x, empty_x, ready_w, empty_w, 1)),
-            (_load_x, (x_desc, program_ptr, items, n_items, x, ready_x, empty_x)),
-            (_load_w, (values_desc, metadata_desc, program_ptr, items, n_items, values, metadata, ready_w, empty_w, 0)),
-            (_load_w, (values_desc, metadata_desc, program_ptr, items, n_items, values, metadata, ready_w, empty_w, 1)),
+            (_compute, (y_desc, bias_ptr, partials_ptr, counters_ptr, headers, items, n_items, out_features, values,
+                        metadata, x, out, ready_x, empty_x, ready_w, empty_w, 0)),
+            (_compute, (y_desc, bias_ptr, partials_ptr, counters_ptr, headers, items, n_items, out_features, values,
+                        metadata, x, out, ready_x, empty_x, ready_w, empty_w, 1)),
+            (_load_x, (x_desc, program_ptr, headers, items, n_items, x, ready_x, empty_x)),
+            (_load_w, (values_desc, metadata_desc, program_ptr, headers, items, n_items, values, metadata,
+                       ready_w, empty_w, 0)),
+            (_load_w, (values_desc, metadata_desc, program_ptr, headers, items, n_items, values, metadata,
+                       ready_w, empty_w, 1)),
         ],
         [4, 1, 1, 1],
         [232, 40, 40, 40],

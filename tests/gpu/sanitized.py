@@ -8,6 +8,7 @@ Small, because the tools slow a kernel down a hundredfold; several CTAs share pa
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from codegen.gpu import this_gpu
@@ -15,7 +16,7 @@ from codegen.schedule import Decode
 from tests.strategies import random_hard_mask
 
 from .test_decode import ORDER, TOLERANCE, Case
-from .test_prefill import SCHEDULES
+from .test_prefill import SCHEDULES, cut_everywhere
 
 
 def main() -> None:
@@ -33,6 +34,7 @@ def main() -> None:
                     print(family, tile, shape, dtype, schedule, f"{error:.1e}", flush=True)
                 case.layer.dense(case.slabs.values, case.slabs.metadata)
     if this_gpu().runs_hopper:
+        cut_everywhere(pytest.MonkeyPatch())
         for rows, schedules in SCHEDULES.items():
             case = Case(random_hard_mask((3 * rows - 24, 1096), (rows, 128)), torch.bfloat16, "rows")
             for prefill in schedules:

@@ -7,11 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from codegen import prefill_cost, prefill_launch, runtime
 from codegen.compile_ahead import compile_all
 from codegen.emit import Specialisation
-from codegen.formats.slab_map import slab_map
+from codegen.formats.slab_map import SlabMap, slab_map
 from codegen.formats.slabs import to_slabs
-from codegen.gpu import this_gpu
+from codegen.gpu import GpuSpec, this_gpu
+from codegen.prefill_plan import ItemCost
 from codegen.runtime import Layer
 from codegen.schedule import Prefill, prefill_schedules
 from patch_compiler import HardMask, TileKind, TileMap, pack
@@ -31,16 +33,45 @@ SCHEDULES = {
         Prefill(256, 1, 4, 3, "panels"),
         Prefill(128, 1, 8, 3, "panels"),
         Prefill(128, 2, 5, 3, early_start=True),
+        Prefill(128, 1, 8, 3, split=True),
+        Prefill(256, 1, 4, 3, split=True),
+        Prefill(128, 2, 5, 3, early_start=True, split=True),
+        Prefill(128, 2, 5, 3, "tokens", split=True),
+        Prefill(256, 1, 4, 3, "panels", split=True),
     ],
-    64: [Prefill(256, 2, 4, 3), Prefill(128, 2, 8, 3), Prefill(256, 2, 4, 3, "tokens")],
+    64: [
+        Prefill(256, 2, 4, 3),
+        Prefill(128, 2, 8, 3),
+        Prefill(256, 2, 4, 3, "tokens"),
+        Prefill(256, 2, 4, 3, split=True),
+        Prefill(128, 2, 8, 3, "tokens", split=True),
+    ],
 }
 ALL = [pytest.param(rows, s, id=f"{rows} {s}".replace(" ", "-")) for rows, many in SCHEDULES.items() for s in many]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _hopper() -> None:
+SPLIT = [s for s in SCHEDULES[128] if s.split]
+
+
+def cut_everywhere(patch: pytest.MonkeyPatch) -> None:
+    """Split schedules cut small weights too: as if parts cost nothing."""
+
+    def cost(schedule: Prefill, slabs: SlabMap, gpu: GpuSpec) -> ItemCost:
+        return ItemCost(1.0, 1.3, 0.01) if schedule.split else prefill_cost.item_cost(schedule, slabs, gpu)
+
+    patch.setattr(prefill_launch, "item_cost", cost)
+
+
+@pytest.fixture(autouse=True)
+def _cut_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     if not this_gpu().runs_hopper:
         pytest.skip("needs sm_90 and Triton 3.9")
+    cut_everywhere(monkeypatch)
+
+
+def parts_of(case: Case, schedule: Prefill) -> int:
+    """Of all numbers of tokens that the layer has met."""
+    return sum(work.parts for work in case.layer._prefills[schedule, case.bias is not None]._works.values())
 
 
 @pytest.mark.timeout(100)
@@ -103,7 +134,36 @@ def test_columns_in_narrow_tiles() -> None:
         case(x, Prefill(128, 2, 5, 3))
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES[128][:6:2], ids=str)
+@pytest.mark.parametrize("schedule", SPLIT, ids=str)
+def test_parts_are_added_the_same_way_each_time_in_memory_of_any_content(schedule: Prefill) -> None:
+    """More items than CTAs and fewer, and few with many parts."""
+    for shape, counts in (((4096, 4096), (100, 700, 1500)), ((512, 4096), (100, 300))):
+        case = Case(random_hard_mask(shape, 128, dense=0.1), torch.bfloat16, "rows")
+        for tokens in counts:
+            x = case.x(tokens)
+            first = case(x, schedule)
+            assert case.error(x, first) < 2e-3
+            partials, counters = runtime._workspaces.get(case.layer.device, 1, 1)
+            for _ in range(20):
+                partials.fill_(float("nan"))
+                assert same_bits(case(x, schedule), first), tokens
+                assert not counters.any()
+        assert parts_of(case, schedule) > 100
+
+
+@pytest.mark.parametrize("schedule", SPLIT, ids=str)
+def test_a_layer_of_a_model_is_cut_where_that_pays(schedule: Prefill, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill_launch, "item_cost", prefill_cost.item_cost)
+    case = Case(random_hard_mask((4096, 11008), 128, dense=0.1), torch.bfloat16, "rows")
+    for tokens in (128, 512):
+        x = case.x(tokens)
+        y = case(x, schedule)
+        assert case.error(x, y) < 2e-3
+        assert all(same_bits(case(x, schedule), y) for _ in range(20))
+    assert parts_of(case, schedule) > 50
+
+
+@pytest.mark.parametrize("schedule", [*SCHEDULES[128][:6:2], *SPLIT], ids=str)
 def test_graphs_and_streams(schedule: Prefill) -> None:
     cases = [Case(random_hard_mask(s, 128), torch.bfloat16, "rows") for s in ((4096, 1024), (640, 4096))]
     xs = [c.x(777) for c in cases]
