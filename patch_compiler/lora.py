@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import nn
 
 from .module import PatchLinear
 
@@ -17,7 +18,8 @@ from .module import PatchLinear
 class PatchLora(LoraLinear):
     """y = packed(x) + scaling · B A x. Plain LoRA: what needs the dense weight (DoRA, merging) is refused."""
 
-    def _get_in_out_features(self, module: PatchLinear) -> tuple[int, int]:
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        assert isinstance(module, PatchLinear)
         return module.in_features, module.out_features
 
     @property
