@@ -18,10 +18,11 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from codegen import tensor_cost
 from codegen.formats.slab_map import SlabMap
 from codegen.gpu import GpuSpec
 from codegen.plan import HEADER, SEGMENT, StageCost, work_plan
-from codegen.schedule import TOKEN_TILES, Decode, Gemm, Problem, Schedule, legal_schedules
+from codegen.schedule import TOKEN_TILES, Decode, Gemm, Problem, Schedule, TensorPrefill, legal_schedules
 
 if TYPE_CHECKING:
     import sympy
@@ -121,12 +122,12 @@ def _seconds(
 ) -> Any:
     if isinstance(schedule, Decode):
         return _decode(problem, schedule, gpu, tokens, constants, arithmetic)
+    if isinstance(schedule, TensorPrefill):
+        return tensor_cost.seconds(problem, schedule, gpu, tokens, arithmetic.tiles, arithmetic.larger)
     if isinstance(schedule, Gemm):
-        seconds = _gemm(problem, gpu, tokens, constants, arithmetic)
-        return seconds + _expand(problem, gpu, constants) if schedule.expand else seconds
+        return _gemm(problem, gpu, tokens, constants, arithmetic) + (_expand(problem, gpu, constants) if schedule.expand else 0)
     # every 16 tokens read the weight again and unpack it; a guess, there is nothing to choose where it is legal
-    passes = arithmetic.tiles(tokens, 16)
-    return gpu.launch + passes * _weight_bytes(problem) / (constants.reference * gpu.bandwidth)
+    return gpu.launch + arithmetic.tiles(tokens, 16) * _weight_bytes(problem) / (constants.reference * gpu.bandwidth)
 
 
 def _decode(problem: Problem, schedule: Decode, gpu: GpuSpec, tokens: Any, c: Constants, arithmetic: _Arithmetic) -> Any:

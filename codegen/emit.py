@@ -1,7 +1,8 @@
 """Emission: one specialised Triton module for each schedule, written to a cache directory and loaded from there.
 
 A kernel family (codegen/kernels/*.py) is a working module whose constants stand in one block. Emission rewrites that block
-with a schedule's values and the text of its instructions, so what is read in the cache is what runs.
+with a schedule's values and the text of its instructions, so what is read in the cache is what runs (with the operand layouts
+of codegen/kernels/fragments.py, which the families on mma share).
 
 The file's name holds a hash of its content and of the versions; its last line a checksum, so that a damaged or foreign file
 is written again. Writing is atomic: processes may share the directory.
@@ -24,13 +25,17 @@ from types import ModuleType
 from typing import Any
 
 from codegen.cache import writable_directory
-from codegen.isa import mma_sp, wgmma_sp
-from codegen.schedule import Decode
+from codegen.isa import mma_sp, movmatrix, wgmma_sp
+from codegen.schedule import Decode, TensorPrefill
 from patch_compiler.atomic import atomic_file
 
 log = logging.getLogger(__name__)
 
-_FAMILIES = {"hopper": ("hopper_decode.py", "hopper_decode"), "stream": ("stream.py", "stream_decode")}
+_FAMILIES = {
+    "hopper": ("hopper_decode.py", "hopper_decode"),
+    "stream": ("stream.py", "stream_decode"),
+    "tensor": ("tensor.py", "tensor_prefill"),
+}
 _PTX_DTYPES = {"bfloat16": "bf16", "float16": "f16"}
 _BEGIN = "# --- schedule: codegen/emit.py rewrites this block ---\n"
 _END = "# --- end of schedule ---\n"
@@ -41,7 +46,7 @@ _CHECKSUM = "# sha256 of the text above: "
 class Specialisation:
     """A schedule and what of the layer its module depends on. rows: of a panel. dtype: "bfloat16" or "float16"."""
 
-    schedule: Decode
+    schedule: Decode | TensorPrefill
     rows: int
     dtype: str
     bias: bool
@@ -49,6 +54,17 @@ class Specialisation:
     def constants(self) -> dict[str, str]:
         """The schedule block: name -> Python expression inside gl.constexpr(...)."""
         s, dtype = self.schedule, _PTX_DTYPES[self.dtype]
+        if isinstance(s, TensorPrefill):
+            return {
+                "DTYPE": f"gl.{self.dtype}",
+                "ROWS": str(self.rows),
+                "TOKENS": str(s.tokens),
+                "WARPS": str(s.warps),
+                "STAGES": str(s.stages),
+                "HAS_BIAS": str(self.bias),
+                "TRANSPOSE": _text(movmatrix.transpose()),
+                "TRANSPOSE_OPERANDS": _text(movmatrix.constraints()),
+            } | _mma_constants(dtype)
         values = {
             "DTYPE": f"gl.{self.dtype}",
             "ROWS": str(s.cta_rows(self.rows)),
@@ -65,18 +81,23 @@ class Specialisation:
                 "SPARSE_OPERANDS": _text(wgmma_sp.slab_constraints(s.tokens)),
             }
         else:
-            values |= {
-                "DENSE_STEP": _text(mma_sp.dense_step(dtype)),
-                "SPARSE_STEP_0": _text(mma_sp.sparse_step(dtype, 0)),
-                "SPARSE_STEP_1": _text(mma_sp.sparse_step(dtype, 1)),
-                "DENSE_OPERANDS": _text(mma_sp.dense_constraints()),
-                "SPARSE_OPERANDS": _text(mma_sp.sparse_constraints()),
-            }
+            values |= _mma_constants(dtype)
         return values
 
     @property
     def warps(self) -> int:
-        return self.schedule.cta_rows(self.rows) // 16
+        s = self.schedule
+        return s.warps if isinstance(s, TensorPrefill) else s.cta_rows(self.rows) // 16
+
+
+def _mma_constants(dtype: str) -> dict[str, str]:
+    return {
+        "DENSE_STEP": _text(mma_sp.dense_step(dtype)),
+        "SPARSE_STEP_0": _text(mma_sp.sparse_step(dtype, 0)),
+        "SPARSE_STEP_1": _text(mma_sp.sparse_step(dtype, 1)),
+        "DENSE_OPERANDS": _text(mma_sp.dense_constraints()),
+        "SPARSE_OPERANDS": _text(mma_sp.sparse_constraints()),
+    }
 
 
 def parts_at_once(tokens: int) -> int:

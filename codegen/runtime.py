@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from codegen.formats.slabs import DTYPES, Order
 from codegen.gpu import GpuSpec, this_gpu
 from codegen.kernels.expand import block_table, expand
 from codegen.plan import WorkPlan, work_plan
-from codegen.schedule import Decode, Gemm, Problem, Schedule
+from codegen.schedule import Decode, Gemm, Problem, Schedule, TensorPrefill
+from codegen.tensor_launch import TensorLaunch
 from codegen.workspace import Workspaces, to_stay
 from patch_compiler.tile_map import TileMap
 
@@ -60,6 +62,7 @@ class Layer:
         self.map: SlabMap = slab_map(tile_map)
         self.gpu: GpuSpec = this_gpu(device.index or 0)
         self._launches: dict[tuple[Decode, bool], _Launch] = {}
+        self._tensors: dict[tuple[TensorPrefill, bool], TensorLaunch] = {}
         self._choices: dict[tuple[int, bool], Schedule] = {}
         self._blocks: Tensor | None = None
         self._lock = threading.Lock()
@@ -101,6 +104,8 @@ class Layer:
                         torch.addmm(bias[part], x, weight.t(), out=y[:, part])
             elif isinstance(schedule, Decode):
                 self._launch(schedule, y, x, values, metadata, bias)
+            elif isinstance(schedule, TensorPrefill):
+                self._tensor(schedule, bias is not None)(y, x, values, metadata, bias)
             else:
                 raise ValueError(f"schedule {schedule}: the weight is held as slabs")
 
@@ -146,6 +151,22 @@ class Layer:
                 plan = work_plan(self.map, self.gpu.sms * s.ctas_per_sm, cost, halves=s.halves)
                 found = _Launch(emit.kernel(what, self._made_for()), plan, self._to_device(plan.table), options)
                 self._launches[s, bias] = found
+        return found
+
+    def _tensor(self, s: TensorPrefill, bias: bool) -> TensorLaunch:
+        """Raises ValueError if the schedule is illegal here."""
+        found = self._tensors.get((s, bias))
+        if found is None:
+            problem = self.problem(bias=bias)
+            reason = s.why_illegal(problem, self.gpu)
+            if reason is not None:
+                raise ValueError(f"schedule {s}: {reason}")
+            scratch = partial(_workspaces.get, self.device)
+            with self._lock:
+                found = self._tensors.get((s, bias)) or TensorLaunch(
+                    s, problem, self.gpu, self._to_device, scratch, self._made_for()
+                )
+                self._tensors[s, bias] = found
         return found
 
     def _to_device(self, table: Tensor) -> Tensor:

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 from codegen.formats.slab_map import SlabMap
 from codegen.gpu import GpuSpec
 
 TOKEN_TILES = (8, 16, 32, 64, 128)
+TENSOR_TILES = ((64, 4), (128, 4), (128, 8), (256, 8))  # tokens, warps
 STAGE_COUNTS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
 
 
 MOST_STAGES = 31  # work plans are padded for kernels that read them this far ahead
+TENSOR_STAGES = 8  # the same of tensor plans
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,59 @@ class Decode:
 
 
 @dataclass(frozen=True)
+class TensorPrefill:
+    """Many tokens by cp.async and mma/mma.sp: one program for each panel and token tile, or for pieces of equal work.
+
+    tokens: width of the token tile. warps: of a program, each computes 64 rows and its share of the tokens. stages: units of
+    64 input columns in the ring. split: panels are cut so that all programs that fit the GPU at once have equal work, and
+    their parts added up (codegen/tensor_plan.py).
+    """
+
+    tokens: int
+    warps: int
+    stages: int
+    ctas_per_sm: int = 1
+    split: bool = False
+
+    def __str__(self) -> str:
+        words = " split" if self.split else ""
+        return f"tensor {self.tokens}t {self.warps}w x{self.stages} {self.ctas_per_sm}/SM{words}"
+
+    @property
+    def family(self) -> Literal["tensor"]:
+        return "tensor"
+
+    def warp_tokens(self, rows: int) -> int:
+        """Tokens that one warp computes. rows: of a panel."""
+        return self.tokens * (rows // 64) // self.warps
+
+    def shared_bytes(self, rows: int) -> int:
+        # a unit of weights and a block of X; what an atomic takes; 1 KB that the launch itself takes from every CTA's share
+        return self.stages * (rows * 128 + self.tokens * 128) + 16 + 1024
+
+    def why_illegal(self, problem: Problem, gpu: GpuSpec) -> str | None:
+        """One sentence, or None when the schedule can run."""
+        if problem.slabs is None:
+            return "its tile map has no slab form"
+        if problem.dtype not in ("bfloat16", "float16"):
+            return f"tensor cores take bfloat16 and float16 here, the weight is {problem.dtype}"
+        if problem.shape[1] % 8:
+            return f"rows of X must start at multiples of 16 bytes, {problem.shape[1]} inputs are no multiple of 8"
+        if gpu.capability < 80:
+            return f"needs sm_80, here is sm_{gpu.capability}"
+        if (self.tokens, self.warps) not in TENSOR_TILES:
+            return f"token tiles and warps are {TENSOR_TILES}"
+        if not 2 <= self.stages <= TENSOR_STAGES or self.ctas_per_sm not in (1, 2):
+            return f"a ring has 2 to {TENSOR_STAGES} stages, an SM one or two programs"
+        if self.ctas_per_sm * self.warps > 8:
+            return f"{self.ctas_per_sm} programs of {self.warps} warps have too few registers"
+        need = self.ctas_per_sm * self.shared_bytes(problem.slabs.rows)
+        if need > gpu.shared_bytes + 1024:  # of which a GPU has 1 KB more than one program can ask for
+            return f"needs {need} bytes of shared memory on an SM, {gpu.name} has {gpu.shared_bytes + 1024}"
+        return None
+
+
+@dataclass(frozen=True)
 class Gemm:
     """The library's dense GEMM. expand: W is first written out of the packed form into a temporary."""
 
@@ -133,7 +189,7 @@ class Reference:
         return None if problem.slabs is None else "the weight is held as slabs"
 
 
-Schedule = Decode | Gemm | Reference
+Schedule = Decode | TensorPrefill | Gemm | Reference
 
 
 def legal_schedules(problem: Problem, gpu: GpuSpec, tokens: int) -> Iterator[Schedule]:
@@ -141,6 +197,8 @@ def legal_schedules(problem: Problem, gpu: GpuSpec, tokens: int) -> Iterator[Sch
     for schedule in _all_schedules(gpu, tokens):
         if schedule.why_illegal(problem, gpu) is None:
             yield schedule
+    if not gpu.runs_hopper:
+        yield from tensor_schedules(problem, gpu, tokens)
 
 
 def _all_schedules(gpu: GpuSpec, tokens: int) -> Iterator[Schedule]:
@@ -156,3 +214,14 @@ def _all_schedules(gpu: GpuSpec, tokens: int) -> Iterator[Schedule]:
     if family == "hopper" and tile <= 32:  # of more tokens too much would be copied twice
         for stages in (s for s in STAGE_COUNTS if s >= 4):
             yield Decode(family, tile, stages, 1, early_start=True, halves=True)
+
+
+def tensor_schedules(problem: Problem, gpu: GpuSpec, tokens: int) -> Iterator[TensorPrefill]:
+    """Legal ones with the longest ring that fits, of token tiles less than half empty. From 17 tokens on."""
+    for tile, warps in TENSOR_TILES:
+        if tokens <= (tile // 2 if tile > 64 else 16):
+            continue
+        for ctas_per_sm in (1, 2):
+            for split in (False, True):
+                rings = (TensorPrefill(tile, warps, stages, ctas_per_sm, split) for stages in range(TENSOR_STAGES, 1, -1))
+                yield from islice((s for s in rings if s.why_illegal(problem, gpu) is None), 1)

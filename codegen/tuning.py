@@ -29,7 +29,7 @@ from codegen.cache import cache_directory
 from codegen.cost_model import Interval
 from codegen.formats.slab_map import SlabMap
 from codegen.gpu import GpuSpec
-from codegen.schedule import Decode, Gemm, Problem, Reference, Schedule
+from codegen.schedule import Decode, Gemm, Problem, Reference, Schedule, TensorPrefill
 from patch_compiler.atomic import atomic_file
 
 FORMAT = 1
@@ -238,9 +238,12 @@ def _entry(record: dict[str, Any]) -> Entry:
     return Entry(key, read_schedule(record["schedule"]), *(float(record[n]) for n in ("us", "default_us", "noise_us")))
 
 
-_KINDS: dict[str, type[Decode] | type[Gemm] | type[Reference]] = {"decode": Decode, "gemm": Gemm, "reference": Reference}
+_KINDS: dict[str, type[Decode] | type[TensorPrefill] | type[Gemm] | type[Reference]] = {
+    "decode": Decode, "tensor": TensorPrefill, "gemm": Gemm, "reference": Reference,
+}  # fmt: skip
 _TYPES: dict[str, type] = {
     "family": str, "tokens": int, "stages": int, "ctas_per_sm": int, "early_start": bool, "halves": bool, "expand": bool,
+    "warps": int, "split": bool,
 }  # fmt: skip
 
 

@@ -30,7 +30,7 @@ from codegen.formats.slab_map import slab_map, why_not
 from codegen.gpu import GpuSpec, gpu_here, gpu_spec, this_gpu
 from codegen.measure import Timing, copies, measure, random_metadata
 from codegen.runtime import Layer
-from codegen.schedule import Decode, Gemm, Problem, Schedule, legal_schedules
+from codegen.schedule import Decode, Gemm, Problem, Schedule, TensorPrefill, legal_schedules
 from codegen.tuning import Entry
 
 from .atomic import atomic_file
@@ -309,7 +309,7 @@ def compile_candidates(targets: Iterable[Target], tokens: Sequence[int], gpu: Gp
         for _, problem in _distinct(targets)
         for t in _sizes(tokens)
         for schedule in _candidates(problem, here, t)
-        if isinstance(schedule, Decode) and problem.slabs is not None
+        if isinstance(schedule, Decode | TensorPrefill) and problem.slabs is not None
     ]
     compile_all(kernels, here)
 

@@ -12,7 +12,18 @@ from hypothesis import strategies as st
 
 from codegen.formats.slab_map import slab_map
 from codegen.gpu import KEYS, GpuSpec, gpu_spec, this_gpu
-from codegen.schedule import MOST_STAGES, TOKEN_TILES, Decode, Gemm, Problem, Reference, legal_schedules
+from codegen.schedule import (
+    MOST_STAGES,
+    TENSOR_STAGES,
+    TOKEN_TILES,
+    Decode,
+    Gemm,
+    Problem,
+    Reference,
+    TensorPrefill,
+    legal_schedules,
+    tensor_schedules,
+)
 from patch_compiler import TileKind, TileMap
 
 TRITONS = ("3.6.0", "3.9.0", "3.10.1+git0123")
@@ -22,7 +33,7 @@ def problem(rows: int = 128, dtype: str = "bfloat16", shape: tuple[int, int] = (
     return Problem(shape, dtype, slab_map(TileMap.full(shape, TileKind.SPARSE24, (rows, 128))), **changes)
 
 
-def why(schedule: Decode, gpu: GpuSpec | None = None, **changes) -> str:
+def why(schedule: Decode | TensorPrefill, gpu: GpuSpec | None = None, **changes) -> str:
     reason = schedule.why_illegal(problem(**changes), gpu or gpu_spec("h100", "3.9.0"))
     assert reason is not None
     return reason
@@ -94,15 +105,42 @@ def test_float32_slabs_do_not_exist_but_other_tile_maps_do() -> None:
         (Decode("hopper", 8, 8, 2), {}, ("h100", "3.9.0"), "bytes of shared memory on an SM"),
         (Decode("hopper", 32, 3, 2), {"rows": 64}, ("h100", "3.9.0"), "2 programs on an SM leave too few registers for 32"),
         (Decode("stream", 64, 2, 2), {"rows": 64}, ("a100", "3.9.0"), "2 programs on an SM leave too few registers for 64"),
+        (TensorPrefill(128, 8, 3), {"dtype": "float32"}, ("a100", "3.9.0"), "the weight is float32"),
+        (TensorPrefill(128, 8, 3), {"shape": (128, 516)}, ("a100", "3.9.0"), "516 inputs are no multiple of 8"),
+        (TensorPrefill(256, 4, 2), {}, ("a100", "3.9.0"), "token tiles and warps are"),
+        (TensorPrefill(128, 8, 1), {}, ("a100", "3.9.0"), "a ring has 2 to"),
+        (TensorPrefill(64, 4, TENSOR_STAGES + 1), {}, ("a100", "3.9.0"), "a ring has 2 to"),
+        (TensorPrefill(64, 4, 2, 3), {}, ("a100", "3.9.0"), "one or two programs"),
+        (TensorPrefill(128, 8, 2, 2), {}, ("a100", "3.9.0"), "2 programs of 8 warps have too few registers"),
+        (TensorPrefill(256, 8, 3), {}, ("l4", "3.9.0"), r"needs 148496 bytes of shared memory on an SM, NVIDIA L4 has 102400"),
     ],
 )
-def test_what_is_illegal_says_why(schedule: Decode, changes: dict, gpu: tuple[str, str], reason: str) -> None:
+def test_what_is_illegal_says_why(schedule: Decode | TensorPrefill, changes: dict, gpu: tuple[str, str], reason: str) -> None:
     assert re.search(reason, why(schedule, gpu_spec(*gpu), **changes))
 
 
 def test_stream_needs_ampere() -> None:
     turing = GpuSpec("Turing", "t", 75, 40, 64 * 1024, 1e11, 1e12, 1e13, triton="3.9.0")
     assert why(Decode("stream", 8, 2), turing) == "needs sm_80, here is sm_75"
+
+
+def test_tensor_rings_fill_the_shared_memory() -> None:
+    """An A100 has 164 KB on an SM, an A6000 100 KB; each program's launch takes one of them."""
+    turing = GpuSpec("Turing", "t", 75, 40, 64 * 1024, 1e11, 1e12, 1e13, triton="3.9.0")
+    assert why(TensorPrefill(64, 4, 2), turing) == "needs sm_80, here is sm_75"
+    wanted = {
+        ("a100", 128): {(64, 4, 6, 1), (64, 4, 3, 2), (128, 4, 5, 1), (128, 4, 2, 2), (128, 8, 5, 1), (256, 8, 3, 1)},
+        ("a6000", 128): {(64, 4, 4, 1), (64, 4, 2, 2), (128, 4, 3, 1), (128, 8, 3, 1), (256, 8, 2, 1)},
+        ("l4", 64): {(64, 4, 6, 1), (64, 4, 3, 2), (128, 4, 4, 1), (128, 4, 2, 2), (128, 8, 4, 1), (256, 8, 2, 1)},
+    }
+    for (key, rows), expected in wanted.items():
+        gpu, p = gpu_spec(key, "3.6.0"), problem(rows)
+        found = list(tensor_schedules(p, gpu, 1000))
+        assert {(s.tokens, s.warps, s.stages, s.ctas_per_sm) for s in found} == expected
+        assert len(set(map(str, found))) == len(found) == 2 * len(expected), "each whole and split"
+        for s in found:
+            assert s.why_illegal(p, gpu) is None
+            assert s.shared_bytes(rows) - 1024 <= gpu.shared_bytes, "what one program may ask for"
 
 
 def test_gemm_and_reference() -> None:
@@ -159,8 +197,9 @@ def test_names_tell_schedules_apart() -> None:
 )
 def test_only_the_measured_card_is_taken_for_it(name, capability, sms, key, measured, monkeypatch) -> None:
     properties = SimpleNamespace(
-        name=name, major=capability[0], minor=capability[1], multi_processor_count=sms, shared_memory_per_block_optin=232448
-    )
+        name=name, major=capability[0], minor=capability[1], multi_processor_count=sms, shared_memory_per_block_optin=232448,
+        L2_cache_size=30_000_000,
+    )  # fmt: skip
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     this_gpu.cache_clear()
     try:
@@ -168,6 +207,7 @@ def test_only_the_measured_card_is_taken_for_it(name, capability, sms, key, meas
     finally:
         this_gpu.cache_clear()
     assert (gpu.key, gpu.measured, gpu.sms) == (key, measured, sms)
+    assert (gpu.l2_bytes == 30_000_000) != (key in KEYS), "what the driver says of a card that is not on the list"
     assert gpu.bandwidth > 0
     if "MIG" in name:
         assert gpu.bandwidth < 0.2 * gpu_spec("h100").bandwidth

@@ -15,7 +15,7 @@ from codegen.cost_model import choose
 from codegen.fit import scattered
 from codegen.formats.slab_map import slab_map
 from codegen.gpu import gpu_spec
-from codegen.schedule import Decode, Gemm, Problem, Reference
+from codegen.schedule import Decode, Gemm, Problem, Reference, TensorPrefill
 from codegen.tuning import Entry, TableError, intervals, key_of, pick, read, update
 
 H100 = gpu_spec("h100", "3.9.0")
@@ -31,7 +31,9 @@ def entry_of(problem: Problem, tokens: int = 1, schedule=OTHER, us=10.0, default
     return Entry(key_of(problem, tokens), schedule, us, default_us, noise_us)
 
 
-@pytest.mark.parametrize("schedule", [OTHER, Decode("stream", 32, 4, 2), Gemm(True), Gemm(False), Reference()])
+@pytest.mark.parametrize(
+    "schedule", [OTHER, Decode("stream", 32, 4, 2), TensorPrefill(128, 8, 3, 1, True), Gemm(True), Gemm(False), Reference()]
+)
 def test_a_table_comes_back_as_it_was_written(tmp_path, schedule):
     path, entry = tmp_path / "deep" / "t.json", entry_of(problem_of(), 16, schedule)
     assert update(path, H100, [entry]) == 1

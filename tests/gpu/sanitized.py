@@ -1,4 +1,4 @@
-"""Each decode family, panel height and dtype on small and ragged weights, for compute-sanitizer: `make sanitize`.
+"""Each family, panel height and dtype on small and ragged weights, for compute-sanitizer: `make sanitize`.
 
     compute-sanitizer --tool memcheck python -m tests.gpu.sanitized
     compute-sanitizer --tool racecheck python -m tests.gpu.sanitized
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from codegen.gpu import this_gpu
-from codegen.schedule import Decode
+from codegen.schedule import TENSOR_TILES, Decode, TensorPrefill
 from tests.strategies import random_hard_mask
 
 from .test_decode import ORDER, TOLERANCE, Case
@@ -31,6 +31,15 @@ def main() -> None:
                     assert error < TOLERANCE[dtype], (family, tile, dtype, tokens, error)
                     print(family, tile, shape, dtype, schedule, f"{error:.1e}", flush=True)
                 case.layer.dense(case.slabs.values, case.slabs.metadata)
+    for tile, shape in (((128, 128), (300, 1096)), ((64, 64), (200, 600))):
+        case = Case(random_hard_mask(shape, tile), torch.bfloat16, "fragments")
+        for tokens, warps in TENSOR_TILES:
+            for split in (False, True):
+                schedule = TensorPrefill(tokens, warps, 2, split=split)
+                x = case.x(tokens + 3)
+                error = case.error(x, case(x, schedule))
+                assert error < TOLERANCE[torch.bfloat16], (tile, schedule, error)
+                print(tile, shape, schedule, f"{error:.1e}", flush=True)
     torch.cuda.synchronize()
     print("all right")
 
