@@ -74,6 +74,7 @@ def this_gpu(index: int = 0) -> GpuSpec:
             share = min(1.0, properties.multi_processor_count / spec.sms)
             return replace(
                 spec, name=properties.name, key="_".join(words), sms=properties.multi_processor_count, measured=False,
+                l2_bytes=properties.L2_cache_size,
                 bandwidth=spec.bandwidth * share, l2_bandwidth=spec.l2_bandwidth * share, dense_flops=spec.dense_flops * share,
             )  # fmt: skip
     rate = properties.multi_processor_count / 132

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from codegen import emit
 from codegen.emit import Specialisation
 from codegen.formats.slabs import Slabs, to_slabs
-from codegen.gpu import GpuSpec, gpu_spec
+from codegen.gpu import gpu_spec
 from codegen.plan import StageCost, work_plan
-from codegen.schedule import TENSOR_TILES, Decode, TensorPrefill
-from codegen.tensor_cost import pieces, together, unit_cost
+from codegen.schedule import TENSOR_TILES, Decode, Problem, TensorPrefill
+from codegen.tensor_launch import TensorLaunch
 from codegen.tensor_plan import tensor_plan
 from patch_compiler import HardMask, TileKind, TileMap, pack
 
@@ -136,17 +138,45 @@ def test_inf_beside_a_ragged_edge_stays_there() -> None:
     check(case, x[::2], y[::2])
 
 
-def test_as_launched_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pieces, order and costs as the cost model gives them."""
-    gpu: GpuSpec = gpu_spec("a6000", "3.9.0")
+class OnCpu:
+    """Stands for a compiled kernel: kernel[grid](...)."""
+
+    def __init__(self, what: Specialisation, made_for: str) -> None:
+        assert made_for == "a layer"
+        self.what = what
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: object, num_warps: int) -> None:
+            assert num_warps == self.what.warps
+            Kernel(self.what).launch(grid, *args)
+
+        return launch
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_as_the_host_launches_it(split: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces, order and plans by number of tokens, each brought to the device once."""
+    monkeypatch.setattr(emit, "kernel", OnCpu)
     case = Case(random_hard_mask((640, 1096), 128, dense=0.2), torch.bfloat16, bias=True)
-    for tokens in (33, 300):
-        x = inputs(case, tokens)
-        for s in (TensorPrefill(128, 8, 3, split=True), TensorPrefill(128, 8, 3)):
-            count = pieces(s, case.slabs.map, gpu, -(-tokens // 128))
-            assert (count is None) != s.split
-            assert relative_error(case.run(s, x, count, together(s, 1096, gpu)), case.reference(x)) < 3e-3
-    assert unit_cost(s, 128, gpu).dense < unit_cost(s, 128, gpu).sparse < 2 * unit_cost(s, 128, gpu).dense
+    slabs, brought = case.slabs, []
+
+    def to_device(table: Tensor) -> Tensor:
+        brought.append(table)
+        return table
+
+    def scratch(floats: int, counters: int) -> tuple[Tensor, Tensor]:
+        return torch.full((floats,), float("nan")), torch.zeros(counters, dtype=torch.int32)
+
+    problem = Problem((640, 1096), "bfloat16", slabs.map, bias=True)
+    gpu = replace(gpu_spec("a6000", "3.9.0"), sms=12)
+    launch = TensorLaunch(TensorPrefill(128, 8, 3, split=split), problem, gpu, to_device, scratch, "a layer")
+    for tokens in (33, 300, 260, 20):
+        x = torch.zeros(tokens * 1096 + 1, dtype=torch.bfloat16)[1:].view(tokens, 1096)  # not at a multiple of 16 bytes
+        x.copy_(inputs(case, tokens))
+        y = torch.full((tokens, 640), float("nan"), dtype=torch.bfloat16)
+        launch(y, x, slabs.values, slabs.metadata, case.bias)
+        assert relative_error(y, case.reference(x)) < 2e-3
+    assert len(brought) == (2 if split else 1)
 
 
 @pytest.mark.parametrize("rows", [64, 128])
