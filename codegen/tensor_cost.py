@@ -7,6 +7,9 @@ A unit (codegen/tensor_plan.py) takes as long as what its SM is slowest at:
     L2             weights and X
     latency        of the copies, when the ring is too short to hide it
 
+On sm_80 half a sparse slab of 128 rows times 256 tokens takes 1.1 times as long in shared memory as in the tensor cores: 141 KB
+at 128 bytes a cycle against 1024 cycles of mma.sp. sm_86 and sm_89 have half the tensor rate.
+
 `ASSUMED` follows from data sheets and from what dense kernels with the same instructions reach.
 """
 
@@ -36,6 +39,7 @@ class TensorConstants:
     four_warps: float = 0.7  # of that with four warps on an SM: each of its schedulers has nobody else to turn to
     hopper: float = 0.55  # of that on Hopper, whose tensor cores are made for wgmma
     shared: float = 180e9  # bytes read and written, of one SM: 128 a cycle at 1.41 GHz
+    memory: float = 0.85  # of bandwidth: weights, X and Y
     exchange: float = 0.5  # of one SM's share of l2_bandwidth: parts written and read again
 
 
@@ -109,5 +113,5 @@ def seconds(
     busy = -(-cuts * count // at_once) * piece
     group = together(schedule, problem.shape[1], gpu)
     held = slabs.slabs * slabs.rows * 128 + slabs.sparse_slabs * slabs.rows * 16
-    memory = (held * -(-count // group) + tokens * sum(problem.shape) * 2) / gpu.bandwidth
+    memory = (held * -(-count // group) + tokens * sum(problem.shape) * 2) / (ASSUMED.memory * gpu.bandwidth)
     return ASSUMED.start + larger(busy, memory)

@@ -56,5 +56,5 @@ class TensorLaunch:
         if found is None:
             blocks = -(-self.problem.shape[1] // BLOCK)
             plan = tensor_plan(self.slabs, blocks, count, unit_cost(self.schedule, self.slabs.rows, self.gpu))
-            found = self._plans[count] = plan, self._to_device(plan.table)
+            found = self._plans.setdefault(count, (plan, self._to_device(plan.table)))  # another thread may have been faster
         return found

@@ -149,7 +149,7 @@ def inline_asm_elementwise(
 
 
 class Kernel:
-    """An emitted module. launch() runs a grid; the last dimension's programs in an order of its own."""
+    """An emitted module on the CPU."""
 
     def __init__(self, what: emit.Specialisation) -> None:
         self.copies = AsyncCopies()
@@ -163,7 +163,7 @@ class Kernel:
         self.function = names[emit._FAMILIES[what.schedule.family][1]]
 
     def launch(self, grid: tuple[int, ...], *args: Any, seed: int = 0) -> None:
-        """args: tensors become pointers to their first elements."""
+        """Run a grid's programs in an order that the seed decides. args: tensors become pointers to their first elements."""
         programs = [(i, j) for i in range(grid[0]) for j in range(grid[1] if len(grid) > 1 else 1)]
         random.Random(seed).shuffle(programs)
         for program in programs:
