@@ -31,11 +31,12 @@ import torch
 
 from codegen import tuning
 from codegen.compile_ahead import compile_all
+from codegen.decode_schedule import Decode
 from codegen.emit import Specialisation
 from codegen.formats.slab_map import slab_map
 from codegen.gpu import GpuSpec, gpu_here
 from codegen.measure import COLD_BYTES
-from codegen.schedule import Decode, Problem
+from codegen.problem import Problem
 from patch_compiler.atomic import atomic_file
 from patch_compiler.provenance import provenance, write_results
 from patch_compiler.tuning_targets import STANDARD
@@ -153,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     schedules = distinct([p for _, points in work for p in points])
     planned = time.monotonic()
     _say(f"{len(work)} tile maps, T = {tokens}, {len(schedules)} kernels: planned in {planned - begin:.0f} s")
-    compile_all([Specialisation(s, 128, "bfloat16", False) for s in schedules], gpu)
+    compile_all([Specialisation(s, 128, "bfloat16", False) for s in schedules])
     compiled = time.monotonic()
     _say(f"compiled in {compiled - planned:.0f} s")
     facts, output = provenance("benchmarks.decode", arguments), args.output or results_file("decode")

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from codegen.decode_schedule import Decode
 from codegen.formats.slabs import Order, to_slabs
 from codegen.gpu import GpuSpec
 from codegen.measure import Timing, copies, measure, random_metadata
 from codegen.runtime import Layer
-from codegen.schedule import Decode, Gemm, Schedule
+from codegen.schedule import Gemm, Schedule
 from patch_compiler import HardMask, pack
 from patch_compiler.masks import PATTERNS
 from patch_compiler.tile_map import GROUP

@@ -28,11 +28,13 @@ import torch
 
 from codegen import cost_model
 from codegen.compile_ahead import compile_all
+from codegen.decode_schedule import Decode
 from codegen.emit import Specialisation
 from codegen.formats.slab_map import slab_map
 from codegen.gpu import GpuSpec, gpu_here
 from codegen.measure import COLD_BYTES, measure
-from codegen.schedule import TURNS, Decode, Prefill, Problem, prefill_schedules
+from codegen.prefill_schedule import TURNS, Prefill, prefill_schedules
+from codegen.problem import Problem
 from patch_compiler.provenance import provenance, write_results
 from patch_compiler.text_table import table
 
@@ -212,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
     wanted: list[Prefill | Decode] = list(dict.fromkeys(s for _, schedules in work for s in schedules))
     if not args.quick and min(args.tokens) <= MOST_DECODE_TOKENS:
         wanted.append(Decode("hopper", 128, 4, early_start=True))
-    compile_all([Specialisation(s, 128, "bfloat16", False) for s in wanted], gpu)
+    compile_all([Specialisation(s, 128, "bfloat16", False) for s in wanted])
     _say(f"{len(work)} tile maps, T = {args.tokens}, {len(wanted)} kernels: compiled in {time.monotonic() - begin:.0f} s")
     facts, output = provenance("benchmarks.prefill", arguments), args.output or results_file("prefill")
     torch.manual_seed(0)

@@ -16,8 +16,6 @@ import torch
 
 from codegen.emit import Specialisation
 from codegen.fit import scattered
-from codegen.formats.slabs import Order
-from codegen.gpu import GpuSpec
 from codegen.runtime import Layer
 from codegen.tuning import plain_schedule, read_schedule
 
@@ -25,17 +23,16 @@ _WORKERS = 16  # each takes half a gigabyte of the GPU's memory
 _PATIENCE = 150.0  # seconds; what is not compiled by then is compiled when it is first run
 
 
-def compile_all(kernels: Iterable[Specialisation], gpu: GpuSpec) -> None:
+def compile_all(kernels: Iterable[Specialisation]) -> None:
     """Emit and compile them all for the current GPU. What fails is printed, and fails again where it is run."""
     wanted = [(plain_schedule(k.schedule), k.rows, k.dtype, k.bias) for k in dict.fromkeys(kernels)]
     workers = min(len(wanted), _WORKERS, len(os.sched_getaffinity(0)))
-    order: Order = "rows" if gpu.runs_hopper else "fragments"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path), "OMP_NUM_THREADS": "1"}
     children: list[subprocess.Popen[str]] = []
     end = time.monotonic() + _PATIENCE
     try:
         for w in range(workers):
-            command = [sys.executable, "-m", __name__, json.dumps([torch.cuda.current_device(), order, wanted[w::workers]])]
+            command = [sys.executable, "-m", __name__, json.dumps([torch.cuda.current_device(), wanted[w::workers]])]
             children.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, text=True))
         for child in children:
             child.wait(max(0.0, end - time.monotonic()))
@@ -47,12 +44,12 @@ def compile_all(kernels: Iterable[Specialisation], gpu: GpuSpec) -> None:
             child.wait()
 
 
-def _compile(kernels: Iterable[Specialisation], order: Order, device: torch.device) -> None:
+def _compile(kernels: Iterable[Specialisation], device: torch.device) -> None:
     """Run each once on a tiny layer; the module and the binary are the same as a large one's."""
     for kernel in kernels:
         dtype = getattr(torch, kernel.dtype)
         size = 2 * kernel.rows
-        layer = Layer(scattered((size, size), 0.5, (kernel.rows, kernel.rows)), dtype, order, device)
+        layer = Layer(scattered((size, size), 0.5, (kernel.rows, kernel.rows)), dtype, kernel.schedule.order, device)
         map_ = layer.map
         values = torch.zeros(map_.slabs, map_.rows, 64, dtype=dtype, device=device)
         metadata = torch.full((map_.sparse_slabs, 2, 2 * map_.rows), 0x44444444, dtype=torch.int32, device=device)
@@ -67,7 +64,7 @@ def _compile(kernels: Iterable[Specialisation], order: Order, device: torch.devi
 
 
 if __name__ == "__main__":
-    index, order_, plain = json.loads(sys.argv[1])
+    index, plain = json.loads(sys.argv[1])
     torch.cuda.set_device(index)
     listed = [Specialisation(read_schedule(s), rows, dtype, bias) for s, rows, dtype, bias in plain]  # type: ignore[arg-type]
-    _compile(listed, order_, torch.device("cuda", index))
+    _compile(listed, torch.device("cuda", index))

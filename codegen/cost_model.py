@@ -1,8 +1,8 @@
-"""What a launch costs as a function of T (tokens), and which schedule is cheapest for which T.
+"""What a launch costs as a function of T (tokens), and which schedule is cheapest for a T.
 
 Every formula is written once and evaluated either with numbers (`predict`, which dispatch uses) or with sympy (`cost`, which
 explanations use). In T it is a sum of constants, lines, ceiling(T / tile) and maxima of lines; that is what makes the lower
-envelope computable without trying every T.
+envelope (codegen/envelope.py) computable without trying every T.
 
 The constants are fitted on one GPU (`Constants`), as shares of the rates in `GpuSpec`, so another GPU is predicted by its
 rates; `GpuSpec.measured` says whether there is more behind a prediction than that.
@@ -10,25 +10,27 @@ rates; `GpuSpec.measured` says whether there is more behind a prediction than th
 
 from __future__ import annotations
 
-import math
 import threading
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from codegen import prefill_cost
+from codegen import prefill_cost, tensor_cost
+from codegen.arithmetic import NUMBERS, Arithmetic
+from codegen.decode_schedule import Decode
 from codegen.formats.slab_map import SlabMap
 from codegen.gpu import GpuSpec
 from codegen.plan import HEADER, SEGMENT, StageCost, work_plan
-from codegen.schedule import REGIMES, Decode, Gemm, Prefill, Problem, Schedule, legal_schedules
+from codegen.prefill_schedule import Prefill
+from codegen.problem import Problem
+from codegen.schedule import Gemm, Schedule, legal_schedules
+from codegen.tensor_schedule import TensorPrefill
 
 if TYPE_CHECKING:
     import sympy
 
 MARGIN = 1.02  # a dense copy that is there anyway is used unless something else is faster by more than this
-SPLIT_MARGIN = 1.03  # parts of items have to win this much: their plan takes tens of milliseconds when T first comes up
+SPLIT_MARGIN = 1.03  # parts have to win this much: their plan, made when T first comes up, takes up to tens of milliseconds
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 
@@ -72,89 +74,45 @@ class Constants:
 CONSTANTS = Constants()
 
 
-@dataclass(frozen=True)
-class Interval:
-    """What runs for first <= T <= last. measured: microseconds at the T it was tuned for, if it was."""
-
-    first: int
-    last: int
-    schedule: Schedule
-    problem: Problem
-    gpu: GpuSpec
-    measured: float | None = None
-
-    @property
-    def cost(self) -> sympy.Expr:
-        """Seconds over T, as predicted."""
-        return cost(self.problem, self.schedule, self.gpu)
-
-    @property
-    def seconds(self) -> tuple[float, float]:
-        """Predicted for the first T and the last."""
-        first, last = (predict(self.problem, self.schedule, self.gpu, t) for t in (self.first, self.last))
-        return first, last
-
-    def __str__(self) -> str:
-        tokens = f"T {self.first}" if self.first == self.last else f"T {self.first} - {self.last}"
-        low, high = (f"{1e6 * s:.3g}" for s in self.seconds)
-        predicted = f"{low} us predicted" if low == high else f"{low} - {high} us predicted"
-        if not self.gpu.measured:
-            predicted += " from data sheet rates"
-        tuned = "" if self.measured is None else f", {self.measured:.3g} us measured"
-        return f"{tokens}: {self.schedule}, {predicted}{tuned}"
-
-
 # ---- the formulas
 
 
-@dataclass(frozen=True)
-class _Arithmetic:
-    """How to evaluate a formula: ceiling(T / n), the ceiling of what changes only where such a one does, the larger of two."""
-
-    tiles: Callable[[Any, int], Any]
-    rounds: Callable[[Any, int], Any]
-    larger: Callable[[Any, Any], Any]
-
-
-def _ceiling(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-_NUMBERS = _Arithmetic(_ceiling, _ceiling, max)
-
-
-def _seconds(
-    problem: Problem, schedule: Schedule, gpu: GpuSpec, tokens: Any, constants: Constants, arithmetic: _Arithmetic
+def seconds(
+    problem: Problem, schedule: Schedule, gpu: GpuSpec, tokens: Any, arithmetic: Arithmetic, constants: Constants = CONSTANTS
 ) -> Any:
+    """A number or an expression, as the arithmetic says. ValueError for a schedule that needs slabs where there are none."""
     if isinstance(schedule, Decode):
         return _decode(problem, schedule, gpu, tokens, constants, arithmetic)
     if isinstance(schedule, Prefill):
-        return prefill_cost.seconds(problem, schedule, gpu, tokens, arithmetic.tiles, arithmetic.rounds, arithmetic.larger)
+        return prefill_cost.seconds(problem, schedule, gpu, tokens, arithmetic)
+    if isinstance(schedule, TensorPrefill):
+        return tensor_cost.seconds(problem, schedule, gpu, tokens, arithmetic)
     if isinstance(schedule, Gemm):
         return _gemm(problem, gpu, tokens, constants, arithmetic) + (_expand(problem, gpu, constants) if schedule.expand else 0)
     # every 16 tokens read the weight again and unpack it; a guess, there is nothing to choose where it is legal
     return gpu.launch + arithmetic.tiles(tokens, 16) * _weight_bytes(problem) / (constants.reference * gpu.bandwidth)
 
 
-def _decode(problem: Problem, schedule: Decode, gpu: GpuSpec, tokens: Any, c: Constants, arithmetic: _Arithmetic) -> Any:
+def _decode(problem: Problem, schedule: Decode, gpu: GpuSpec, tokens: Any, c: Constants, arithmetic: Arithmetic) -> Any:
+    rows = problem.slabs_for("decode").rows
     facts = _plan_facts(problem, schedule, gpu)
     launch = c.start if schedule.early_start else c.start + c.late
     fill = c.second_cta * (schedule.ctas_per_sm - 1) + c.stage * schedule.stages
-    in_flight = gpu.sms * schedule.ctas_per_sm * schedule.stages * schedule.stage_bytes(_slabs(problem).rows)
+    in_flight = gpu.sms * schedule.ctas_per_sm * schedule.stages * schedule.stage_bytes(rows)
     stream = facts.bytes / (c.stream * gpu.bandwidth) + facts.bytes * c.latency / in_flight
     stream += facts.x_bytes / (c.x_blocks * gpu.l2_bandwidth) + facts.most_stages * c.issue
     longest = facts.longest * gpu.sms / gpu.l2_bandwidth  # an uneven plan: the CTA with most to do runs at its SM's rate
     tensor = facts.flops / (c.tensor * gpu.dense_flops)
     end = facts.most_segments * c.segment_end
     if facts.shared_parts:
-        part = schedule.cta_rows(_slabs(problem).rows) * schedule.tokens * 4
+        part = schedule.cta_rows(rows) * schedule.tokens * 4
         end += c.meet + facts.most_parts * part * gpu.sms / (c.reduce * gpu.l2_bandwidth)
         end += facts.shared_parts * part / (c.exchange * gpu.l2_bandwidth)
     passes = arithmetic.tiles(tokens, schedule.tokens)
     return launch + passes * (fill + max(stream, longest, tensor) + end) + tokens * _token_bytes(problem) / gpu.bandwidth
 
 
-def _gemm(problem: Problem, gpu: GpuSpec, tokens: Any, c: Constants, arithmetic: _Arithmetic) -> Any:
+def _gemm(problem: Problem, gpu: GpuSpec, tokens: Any, c: Constants, arithmetic: Arithmetic) -> Any:
     m, k = problem.shape
     memory = (m * k * _item(problem) + tokens * _token_bytes(problem)) / (c.gemm_stream * gpu.bandwidth)
     tensor = tokens * (2 * m * k / (gpu.dense_flops * 2 / _item(problem)))
@@ -179,17 +137,7 @@ def _token_bytes(problem: Problem) -> int:
 def _weight_bytes(problem: Problem) -> int:
     if problem.slabs is None:
         return problem.shape[0] * problem.shape[1] * _item(problem)
-    return _slab_bytes(problem.slabs)
-
-
-def _slab_bytes(slabs: SlabMap) -> int:
-    return slabs.slabs * slabs.rows * 128 + slabs.sparse_slabs * slabs.rows * 16
-
-
-def _slabs(problem: Problem) -> SlabMap:
-    if problem.slabs is None:
-        raise ValueError(f"a weight {problem.shape[0]}x{problem.shape[1]} without slabs has no decode schedule")
-    return problem.slabs
+    return problem.slabs.weight_bytes
 
 
 # ---- what a schedule's work plan says
@@ -251,7 +199,7 @@ def stage_cost(schedule: Decode, rows: int, gpu: GpuSpec) -> StageCost:
 
 def _plan_facts(problem: Problem, schedule: Decode, gpu: GpuSpec) -> _PlanFacts:
     """Of the plan that the launch would run. Depends on how many CTAs there are and how wide the token tile is."""
-    slabs = _slabs(problem)
+    slabs = problem.slabs_for("decode")
     ctas = gpu.sms * schedule.ctas_per_sm
     memory, key = _memory(slabs), (ctas, schedule.tokens, schedule.halves)
     if key not in memory.facts:
@@ -262,7 +210,7 @@ def _plan_facts(problem: Problem, schedule: Decode, gpu: GpuSpec) -> _PlanFacts:
         x_bytes = (dense + 2 * sparse) * (schedule.tokens * 128)
         weight_bytes = (dense + sparse) * (rows * 128) + sparse * (rows * 16)
         memory.facts[key] = _PlanFacts(
-            bytes=_slab_bytes(slabs) + plan.table.numel() * 4,
+            bytes=slabs.weight_bytes + plan.table.numel() * 4,
             x_bytes=int(x_bytes.sum()),
             longest=int((x_bytes + weight_bytes).max()),
             most_stages=int((dense + sparse).max()),
@@ -274,23 +222,23 @@ def _plan_facts(problem: Problem, schedule: Decode, gpu: GpuSpec) -> _PlanFacts:
     return memory.facts[key]
 
 
-# ---- cost, choice, envelope
+# ---- cost and choice
 
 
 def predict(problem: Problem, schedule: Schedule, gpu: GpuSpec, tokens: int, constants: Constants = CONSTANTS) -> float:
-    """Seconds. ValueError for a decode schedule of a weight without slabs."""
-    return float(_seconds(problem, schedule, gpu, tokens, constants, _NUMBERS))
+    """Seconds. ValueError as `seconds`."""
+    return float(seconds(problem, schedule, gpu, tokens, NUMBERS, constants))
 
 
 def cost(problem: Problem, schedule: Schedule, gpu: GpuSpec) -> sympy.Expr:
     """Seconds as an expression over the symbol T, the number of tokens: what `predict` computes."""
     import sympy  # 0.3 s that dispatch need not wait for
 
-    def ceiling(t: Any, n: int) -> Any:
-        return sympy.ceiling(t / sympy.Integer(n))
+    def ceiling(a: Any, b: Any) -> Any:
+        return sympy.ceiling(sympy.sympify(a) / b)
 
-    symbolic = _Arithmetic(ceiling, ceiling, sympy.Max)
-    expression: sympy.Expr = _seconds(problem, schedule, gpu, symbol(), CONSTANTS, symbolic)
+    symbolic = Arithmetic(ceiling, ceiling, sympy.Max)
+    expression: sympy.Expr = seconds(problem, schedule, gpu, symbol(), symbolic)
     return expression
 
 
@@ -318,94 +266,18 @@ def choose(problem: Problem, gpu: GpuSpec, tokens: int) -> Schedule:
 
 def _cheapest(problem: Problem, gpu: GpuSpec, tokens: int) -> Schedule:
     tokens = max(tokens, 1)
-    return min(_candidates(problem, gpu, tokens), key=lambda s: _rank(s, predict(problem, s, gpu, tokens)))
+    return min(candidates(problem, gpu, tokens), key=lambda s: rank(s, predict(problem, s, gpu, tokens)))
 
 
-def _candidates(problem: Problem, gpu: GpuSpec, tokens: int) -> list[Schedule]:
+def candidates(problem: Problem, gpu: GpuSpec, tokens: int) -> list[Schedule]:
+    """What is chosen from."""
     if problem.dense_weight and problem.sparsity == 0:
         return [Gemm(expand=False)]
     return list(legal_schedules(problem, gpu, tokens))
 
 
-def _rank(schedule: Schedule, seconds: float) -> float:
+def rank(schedule: Schedule, seconds: float) -> float:
+    """By which the least is chosen: seconds, less or more by a margin."""
     if schedule == Gemm(expand=False):
         return seconds / MARGIN
-    return seconds * SPLIT_MARGIN if isinstance(schedule, Prefill) and schedule.split else seconds
-
-
-def envelope(problem: Problem, gpu: GpuSpec, upto: int = 16384) -> list[Interval]:
-    """The lower envelope: which schedule is chosen for which T in 1..upto, in order, neighbours differ."""
-    found: list[tuple[int, int, Schedule]] = []
-    for first, last, schedules in _stretches(problem, gpu, upto):
-        for a, b, schedule in _Curves(problem, gpu, schedules).lowest(first, last):
-            if found and found[-1][2] == schedule:
-                a = found.pop()[0]
-            found.append((a, b, schedule))
-    return [Interval(first, last, schedule, problem, gpu) for first, last, schedule in found]
-
-
-def _stretches(problem: Problem, gpu: GpuSpec, upto: int) -> Iterable[tuple[int, int, list[Schedule]]]:
-    """First and last T of stretches in which the same schedules are legal and every ceiling(T / n) stays what it is."""
-    for before, end in pairwise([0, *(t for t in REGIMES if t < upto), upto]):
-        schedules = _candidates(problem, gpu, before + 1)
-        widths: set[int] = set()
-
-        def tiles(t: int, n: int, widths: set[int] = widths) -> int:
-            widths.add(n)
-            return _ceiling(t, n)
-
-        for schedule in schedules:
-            _seconds(problem, schedule, gpu, before + 1, CONSTANTS, _Arithmetic(tiles, _ceiling, max))
-        steps = {t for n in widths for t in range((before // n + 1) * n, end, n)}
-        for a, b in pairwise([before, *sorted(steps), end]):
-            yield a + 1, b, schedules
-
-
-class _Curves:
-    """Some schedules' costs over a stretch of T in which they are sums of lines and of maxima of lines."""
-
-    def __init__(self, problem: Problem, gpu: GpuSpec, schedules: list[Schedule]) -> None:
-        self.problem, self.gpu, self.schedules = problem, gpu, schedules
-        self._known: dict[int, list[tuple[float, list[float]]]] = {}
-
-    def lowest(self, first: int, last: int) -> list[tuple[int, int, Schedule]]:
-        """Cut where one of the maxima changes sides: from cut to cut every cost is a straight line."""
-        left, right = self._at(first), self._at(last)
-        cuts = {last}
-        for (_, before), (_, after) in zip(left, right, strict=True):
-            for a, b in zip(before, after, strict=True):
-                if a * b < 0:
-                    cuts.add(min(max(math.floor(first + (last - first) * a / (a - b)), first), last))
-        found = []
-        for a, b in pairwise([first - 1, *sorted(cuts)]):
-            found += self._lowest_line(a + 1, b)
-        return found
-
-    def _lowest_line(self, first: int, last: int) -> list[tuple[int, int, Schedule]]:
-        """A line that is lowest at both ends is lowest between them; else those of the two ends cross somewhere between."""
-        left, right = ([seconds for seconds, _ in self._at(t)] for t in (first, last))
-        i, j = (min(range(len(c)), key=c.__getitem__) for c in (left, right))
-        if i == j:
-            return [(first, last, self.schedules[i])]
-        ahead, behind = left[j] - left[i], right[i] - right[j]
-        crossing = first + (last - first) * ahead / (ahead + behind) if ahead + behind > 0 else first
-        middle = min(max(math.floor(crossing), first), last - 1)
-        return self._lowest_line(first, middle) + self._lowest_line(middle + 1, last)
-
-    def _at(self, tokens: int) -> list[tuple[float, list[float]]]:
-        """Of each schedule its rank, and by how much the first line of each maximum lies above the second."""
-        if tokens in self._known:
-            return self._known[tokens]
-        found = []
-        for schedule in self.schedules:
-            differences: list[float] = []
-
-            def larger(a: float, b: float, differences: list[float] = differences) -> float:
-                differences.append(a - b)
-                return max(a, b)
-
-            arithmetic = _Arithmetic(_ceiling, _ceiling, larger)
-            seconds = _seconds(self.problem, schedule, self.gpu, tokens, CONSTANTS, arithmetic)
-            found.append((_rank(schedule, seconds), differences))
-        self._known[tokens] = found
-        return found
+    return seconds * SPLIT_MARGIN if isinstance(schedule, Prefill | TensorPrefill) and schedule.split else seconds

@@ -1,7 +1,8 @@
 """Emission: one specialised Triton module for each schedule, written to a cache directory and loaded from there.
 
 A kernel family (codegen/kernels/*.py) is a working module whose constants stand in one block. Emission rewrites that block
-with a schedule's values and the text of its instructions, so what is read in the cache is what runs.
+with a schedule's values and the text of its instructions, so what is read in the cache is what runs (with the operand layouts
+of codegen/kernels/fragments.py, which the families on mma share).
 
 The file's name holds a hash of its content and of the versions; its last line a checksum, so that a damaged or foreign file
 is written again. Writing is atomic: processes may share the directory.
@@ -24,8 +25,11 @@ from types import ModuleType
 from typing import Any
 
 from codegen.cache import writable_directory
-from codegen.isa import arrivals, mbarrier, mma_sp, wgmma, wgmma_sp
-from codegen.schedule import Decode, Prefill
+from codegen.decode_schedule import Decode
+from codegen.isa import arrivals, mbarrier, mma_sp, movmatrix, wgmma, wgmma_sp
+from codegen.prefill_schedule import Prefill
+from codegen.schedule import Fused
+from codegen.tensor_schedule import TensorPrefill
 from patch_compiler.atomic import atomic_file
 
 log = logging.getLogger(__name__)
@@ -34,6 +38,7 @@ _FAMILIES = {
     "hopper": ("hopper_decode.py", "hopper_decode"),
     "stream": ("stream.py", "stream_decode"),
     "prefill": ("hopper_prefill.py", "hopper_prefill"),
+    "tensor": ("tensor.py", "tensor_prefill"),
 }
 _PTX_DTYPES = {"bfloat16": "bf16", "float16": "f16"}
 _BEGIN = "# --- schedule: codegen/emit.py rewrites this block ---\n"
@@ -45,55 +50,42 @@ _CHECKSUM = "# sha256 of the text above: "
 class Specialisation:
     """A schedule and what of the layer its module depends on. rows: of a panel. dtype: "bfloat16" or "float16"."""
 
-    schedule: Decode | Prefill
+    schedule: Fused
     rows: int
     dtype: str
     bias: bool
 
     def constants(self) -> dict[str, str]:
         """The schedule block: name -> Python expression inside gl.constexpr(...)."""
-        s, dtype = self.schedule, _PTX_DTYPES[self.dtype]
+        s = self.schedule
+        values = {"DTYPE": f"gl.{self.dtype}", "ROWS": str(self.rows), "TOKENS": str(s.tokens), "HAS_BIAS": str(self.bias)}
         if isinstance(s, Prefill):
-            return self._prefill_constants(s, dtype)
-        values = {
-            "DTYPE": f"gl.{self.dtype}",
-            "ROWS": str(s.cta_rows(self.rows)),
-            "TOKENS": str(s.tokens),
-            "STAGES": str(s.stages),
-            "HAS_BIAS": str(self.bias),
-        }
-        if s.family == "hopper":
-            values |= {
-                "PARTS_AT_ONCE": str(parts_at_once(s.tokens)),
-                "EARLY_START": str(s.early_start),
-                "HALVES": str(s.halves),
-                "SPARSE_PRODUCT": _text(wgmma_sp.slab_product(s.tokens, dtype)),
-                "SPARSE_OPERANDS": _text(wgmma_sp.slab_constraints(s.tokens)),
-            }
-        else:
-            values |= {
-                "DENSE_STEP": _text(mma_sp.dense_step(dtype)),
-                "SPARSE_STEP_0": _text(mma_sp.sparse_step(dtype, 0)),
-                "SPARSE_STEP_1": _text(mma_sp.sparse_step(dtype, 1)),
-                "DENSE_OPERANDS": _text(mma_sp.dense_constraints()),
-                "SPARSE_OPERANDS": _text(mma_sp.sparse_constraints()),
-            }
-        return values
+            return values | self._prefill(s)
+        values["STAGES"] = str(s.stages)
+        if isinstance(s, TensorPrefill):
+            return values | self._tensor(s)
+        values["ROWS"] = str(s.cta_rows(self.rows))
+        return values | (self._hopper_decode(s) if s.family == "hopper" else self._mma())
 
-    def _prefill_constants(self, s: Prefill, dtype: str) -> dict[str, str]:
-        strips = s.height(self.rows) // 64
+    def _hopper_decode(self, s: Decode) -> dict[str, str]:
         return {
-            "DTYPE": f"gl.{self.dtype}",
-            "ROWS": str(self.rows),
+            "PARTS_AT_ONCE": str(parts_at_once(s.tokens)),
+            "EARLY_START": str(s.early_start),
+            "HALVES": str(s.halves),
+            "SPARSE_PRODUCT": _text(wgmma_sp.slab_product(s.tokens, _PTX_DTYPES[self.dtype])),
+            "SPARSE_OPERANDS": _text(wgmma_sp.slab_constraints(s.tokens)),
+        }
+
+    def _prefill(self, s: Prefill) -> dict[str, str]:
+        strips, dtype = s.height(self.rows) // 64, _PTX_DTYPES[self.dtype]
+        return {
             "PANELS": str(s.panels),
-            "TOKENS": str(s.tokens),
             "TOKEN_CTAS": str(s.token_ctas),
             "PANEL_CTAS": str(s.panel_ctas),
             "X_STAGES": str(s.x_stages),
             "W_STAGES": str(s.w_stages),
             "SPLIT": str(s.split),
             "OUT_TOKENS": str(s.out_tokens(self.rows)),
-            "HAS_BIAS": str(self.bias),
             "EARLY_START": str(s.early_start),
             "DENSE": _text(wgmma.dense_block(strips, s.tokens, dtype)),
             "SPARSE_0": _text(wgmma.sparse_half(0, self.rows, strips, s.tokens, dtype)),
@@ -108,10 +100,30 @@ class Specialisation:
             "ARRIVE_OPERANDS": _text(arrivals.CONSTRAINTS),
         }
 
+    def _tensor(self, s: TensorPrefill) -> dict[str, str]:
+        return self._mma() | {
+            "WARPS": str(s.warps),
+            "TRANSPOSE": _text(movmatrix.transpose()),
+            "TRANSPOSE_OPERANDS": _text(movmatrix.constraints()),
+        }
+
+    def _mma(self) -> dict[str, str]:
+        dtype = _PTX_DTYPES[self.dtype]
+        return {
+            "DENSE_STEP": _text(mma_sp.dense_step(dtype)),
+            "SPARSE_STEP_0": _text(mma_sp.sparse_step(dtype, 0)),
+            "SPARSE_STEP_1": _text(mma_sp.sparse_step(dtype, 1)),
+            "DENSE_OPERANDS": _text(mma_sp.dense_constraints()),
+            "SPARSE_OPERANDS": _text(mma_sp.sparse_constraints()),
+        }
+
     @property
     def warps(self) -> int:
         """That compute, or of the first of two warpgroups that do."""
-        return 4 if isinstance(self.schedule, Prefill) else self.schedule.cta_rows(self.rows) // 16
+        s = self.schedule
+        if isinstance(s, Prefill):
+            return 4
+        return s.warps if isinstance(s, TensorPrefill) else s.cta_rows(self.rows) // 16
 
 
 def parts_at_once(tokens: int) -> int:

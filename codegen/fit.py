@@ -29,7 +29,9 @@ from codegen.formats.slab_map import slab_map
 from codegen.gpu import GpuSpec, gpu_spec
 from codegen.prefill_cost import CONSTANTS as PREFILL_CONSTANTS
 from codegen.prefill_cost import PrefillConstants
-from codegen.schedule import Prefill, Problem, Schedule
+from codegen.prefill_schedule import Prefill
+from codegen.problem import Problem
+from codegen.schedule import Schedule
 from codegen.tuning import read_schedule
 from patch_compiler.tile_map import DEFAULT_TILE, TileMap
 

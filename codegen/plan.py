@@ -44,8 +44,8 @@ class StageCost:
     segment: float
 
 
-def work_plan(slabs: SlabMap, ctas: int, cost: StageCost, *, halves: bool = False, shortest: float = 2.0) -> WorkPlan:
-    """Cut the slabs of a weight into `ctas` pieces of equal cost.
+def work_plan(slabs: SlabMap, ctas: int | None, cost: StageCost, *, halves: bool = False, shortest: float = 2.0) -> WorkPlan:
+    """Cut the slabs of a weight into `ctas` pieces of equal cost; None: cut nothing, one piece for each panel.
 
     halves: deal the upper and the lower half of each panel as panels of their own; slabs are then counted in halves, 2 s
     and 2 s + 1. shortest: a cut that would leave less than this many stages of a panel on one side moves to its edge.
@@ -54,9 +54,12 @@ def work_plan(slabs: SlabMap, ctas: int, cost: StageCost, *, halves: bool = Fals
     sparse = (word >> 30) & 1
     panels, n = len(starts) - 1, int(starts[-1])
     costs = np.where(sparse, cost.sparse, cost.dense)
-    candidates = [_to_edges(_equal_cuts(costs, starts, ctas, cost.segment), starts, shortest)]
-    if np.count_nonzero(np.diff(starts)) <= ctas:
-        candidates.append(_panel_cuts(costs, starts, ctas))
+    if ctas is None:
+        ctas, candidates = panels, [starts[1:-1]]
+    else:
+        candidates = [_to_edges(_equal_cuts(costs, starts, ctas, cost.segment), starts, shortest)]
+        if np.count_nonzero(np.diff(starts)) <= ctas:
+            candidates.append(_panel_cuts(costs, starts, ctas))
     bounds = min(
         (np.concatenate([[0], cuts, [n]]) for cuts in candidates), key=lambda b: _longest(b, costs, starts, cost.segment)
     )

@@ -14,14 +14,15 @@ SMs without work leave the others memory bandwidth and power.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from codegen.arithmetic import NUMBERS, Arithmetic
 from codegen.formats.slab_map import SlabMap
 from codegen.gpu import GpuSpec
 from codegen.prefill_plan import ItemCost
-from codegen.schedule import Prefill, Problem
+from codegen.prefill_schedule import Prefill
+from codegen.problem import Problem
 
 _SHARED = 218e9  # bytes a second of one SM's shared memory: 128 a cycle at 1.7 GHz
 _MOST_PARTS = 8  # of an item, that predictions look at
@@ -74,41 +75,30 @@ def item_cost(schedule: Prefill, slabs: SlabMap, gpu: GpuSpec, c: PrefillConstan
 
 def predict(problem: Problem, schedule: Prefill, gpu: GpuSpec, tokens: int, c: PrefillConstants = CONSTANTS) -> float:
     """Seconds of a launch. ValueError for a weight without slabs."""
-    return float(seconds(problem, schedule, gpu, tokens, _ceiling, _ceiling, max, c))
-
-
-def _ceiling(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-Ceiling = Callable[[Any, int], Any]
+    return float(seconds(problem, schedule, gpu, tokens, NUMBERS, c))
 
 
 def seconds(
-    problem: Problem, schedule: Prefill, gpu: GpuSpec, tokens: Any, tiles: Ceiling, rounds: Ceiling,
-    larger: Callable[[Any, Any], Any], c: PrefillConstants = CONSTANTS,
-) -> Any:  # fmt: skip
+    problem: Problem, schedule: Prefill, gpu: GpuSpec, tokens: Any, arithmetic: Arithmetic, c: PrefillConstants = CONSTANTS
+) -> Any:
     """As many rounds of average items as the CTAs need; split, of equal parts, or evenly with two parts of an item. No less
     than the memory takes.
 
-    tiles: ceiling(T / n), rounds: the same of items, which change only where tiles do, larger: of two; of numbers or of
-    expressions. ValueError for a weight without slabs.
+    A number or an expression, as the arithmetic says. ValueError for a weight without slabs.
     """
-    if problem.slabs is None:
-        raise ValueError(f"a weight {problem.shape[0]}x{problem.shape[1]} without slabs has no prefill schedule")
-    slabs, cost = problem.slabs, item_cost(schedule, problem.slabs, gpu, c)
+    slabs = problem.slabs_for("prefill")
+    cost = item_cost(schedule, slabs, gpu, c)
     groups, workers = max(1, -(-slabs.panels // schedule.group)), gpu.sms // schedule.ctas
     work = (slabs.slabs - slabs.sparse_slabs) * cost.dense + slabs.sparse_slabs * cost.sparse
     item = work / groups / schedule.panel_ctas + cost.end
-    items = tiles(tokens, schedule.tokens * schedule.token_ctas) * groups
+    items = arithmetic.tiles(tokens, schedule.tokens * schedule.token_ctas) * groups
     evenly = items * (item / workers)
-    longest = rounds(items, workers) * item
+    longest = arithmetic.rounds(items, workers) * item
     if schedule.split:
-        chained = larger(evenly, item) + cost.write + cost.read
-        longest = -larger(-longest, -chained)
+        chained = arithmetic.larger(evenly, item) + cost.write + cost.read
+        longest = arithmetic.smaller(longest, chained)
         for parts in range(2, _MOST_PARTS + 1):
-            equal = rounds(items * parts, workers) * (item / parts) + cost.write + (parts - 1) * cost.read
-            longest = -larger(-longest, -equal)
+            equal = arithmetic.rounds(items * parts, workers) * (item / parts) + cost.write + (parts - 1) * cost.read
+            longest = arithmetic.smaller(longest, equal)
     busy = (1 - c.idle) * longest + c.idle * evenly
-    weights = slabs.slabs * slabs.rows * 128 + slabs.sparse_slabs * slabs.rows * 16
-    return c.start + larger(busy, (weights + tokens * (2 * sum(problem.shape))) / gpu.bandwidth)
+    return c.start + arithmetic.larger(busy, (slabs.weight_bytes + tokens * (2 * sum(problem.shape))) / gpu.bandwidth)

@@ -13,8 +13,9 @@ from codegen import emit
 from codegen.gpu import GpuSpec
 from codegen.prefill_cost import item_cost
 from codegen.prefill_plan import deal, program
+from codegen.prefill_schedule import Prefill
 from codegen.prefill_split import share
-from codegen.schedule import Prefill, Problem
+from codegen.problem import Problem
 from codegen.workspace import Workspace
 
 

@@ -17,13 +17,18 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from codegen import cost_model, emit, tuning
+from codegen.decode_schedule import Decode
 from codegen.formats.slab_map import SlabMap, slab_map, why_not
 from codegen.formats.slabs import DTYPES, Order
 from codegen.gpu import GpuSpec, this_gpu
 from codegen.kernels.expand import block_table, expand
 from codegen.plan import WorkPlan, work_plan
 from codegen.prefill_launch import PrefillLaunch
-from codegen.schedule import Decode, Gemm, Prefill, Problem, Schedule
+from codegen.prefill_schedule import Prefill
+from codegen.problem import Problem
+from codegen.schedule import Fused, Gemm, Schedule
+from codegen.tensor_launch import TensorLaunch
+from codegen.tensor_schedule import TensorPrefill
 from codegen.workspace import Workspaces, to_stay
 from patch_compiler.tile_map import TileMap
 
@@ -34,10 +39,7 @@ def order_for(device: torch.device, dtype: torch.dtype, tile_map: TileMap) -> Or
         return None
     if dtype not in DTYPES or why_not(tile_map) is not None or tile_map.shape[1] % 8:
         return None
-    gpu = this_gpu(device.index if device.index is not None else torch.cuda.current_device())
-    if gpu.runs_hopper:
-        return "rows"
-    return "fragments" if gpu.capability >= 80 else None
+    return this_gpu(device.index if device.index is not None else torch.cuda.current_device()).order
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Layer:
         self.map: SlabMap = slab_map(tile_map)
         self.gpu: GpuSpec = this_gpu(device.index or 0)
         self._launches: dict[tuple[Decode, bool], _Launch] = {}
-        self._prefills: dict[tuple[Prefill, bool], PrefillLaunch] = {}
+        self._prefills: dict[tuple[Prefill | TensorPrefill, bool], PrefillLaunch | TensorLaunch] = {}
         self._choices: dict[tuple[int, bool], Schedule] = {}
         self._blocks: Tensor | None = None
         self._lock = threading.Lock()
@@ -104,7 +106,7 @@ class Layer:
                         torch.addmm(bias[part], x, weight.t(), out=y[:, part])
             elif isinstance(schedule, Decode):
                 self._launch(schedule, y, x, values, metadata, bias)
-            elif isinstance(schedule, Prefill):
+            elif isinstance(schedule, Prefill | TensorPrefill):
                 self._prefill(schedule, bias is not None)(y, x, values, metadata, bias)
             else:
                 raise ValueError(f"schedule {schedule}: the weight is held as slabs")
@@ -135,13 +137,11 @@ class Layer:
 
     def _prepare(self, s: Decode, bias: bool) -> _Launch:
         """Check, plan and emit, once. Raises ValueError if the schedule is illegal here."""
-        reason = s.why_illegal(self.problem(bias=bias), self.gpu)
-        if reason is not None:
-            raise ValueError(f"schedule {s}: {reason}")
+        problem = self._legal(s, bias)
         with self._lock:
             found = self._launches.get((s, bias))
             if found is None:
-                what = emit.Specialisation(s, self.map.rows, str(self.dtype).removeprefix("torch."), bias)
+                what = emit.Specialisation(s, self.map.rows, problem.dtype, bias)
                 options: dict[str, Any] = {"num_warps": what.warps}
                 if s.early_start:
                     options["launch_pdl"] = True
@@ -153,20 +153,28 @@ class Layer:
                 self._launches[s, bias] = found
         return found
 
-    def _prefill(self, s: Prefill, bias: bool) -> PrefillLaunch:
-        """Raises ValueError if the schedule is illegal here."""
+    def _prefill(self, s: Prefill | TensorPrefill, bias: bool) -> PrefillLaunch | TensorLaunch:
+        """Prepared once. Raises ValueError if the schedule is illegal here."""
         found = self._prefills.get((s, bias))
         if found is None:
-            problem = self.problem(bias=bias)
-            reason = s.why_illegal(problem, self.gpu)
-            if reason is not None:
-                raise ValueError(f"schedule {s}: {reason}")
+            problem = self._legal(s, bias)
             with self._lock:
-                found = self._prefills.get((s, bias)) or PrefillLaunch(
-                    s, problem, self.gpu, self._to_device, partial(_workspaces.get, self.device), self._made_for()
-                )
-                self._prefills[s, bias] = found
+                found = self._prefills.get((s, bias))
+                if found is None:
+                    rest = problem, self.gpu, self._to_device, partial(_workspaces.get, self.device), self._made_for()
+                    found = PrefillLaunch(s, *rest) if isinstance(s, Prefill) else TensorLaunch(s, *rest)
+                    self._prefills[s, bias] = found
         return found
+
+    def _legal(self, s: Fused, bias: bool) -> Problem:
+        """The problem, if the schedule can run it; else a ValueError."""
+        problem = self.problem(bias=bias)
+        reason = s.why_illegal(problem, self.gpu)
+        if reason is None and s.order != self.order:
+            reason = f"reads slabs in order {s.order!r}, here they lie in order {self.order!r}"
+        if reason is not None:
+            raise ValueError(f"schedule {s}: {reason}")
+        return problem
 
     def _to_device(self, table: Tensor) -> Tensor:
         if torch.cuda.is_current_stream_capturing():

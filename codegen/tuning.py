@@ -27,10 +27,14 @@ from weakref import WeakKeyDictionary
 
 from codegen import cost_model
 from codegen.cache import cache_directory
-from codegen.cost_model import Interval
+from codegen.decode_schedule import Decode
+from codegen.envelope import Interval, envelope
 from codegen.formats.slab_map import SlabMap
 from codegen.gpu import GpuSpec
-from codegen.schedule import CLUSTERS, Decode, Gemm, Prefill, Problem, Reference, Schedule
+from codegen.prefill_schedule import CLUSTERS, Prefill
+from codegen.problem import Problem
+from codegen.schedule import Fused, Gemm, Reference, Schedule
+from codegen.tensor_schedule import TensorPrefill
 from patch_compiler.atomic import atomic_file
 
 FORMAT = 1
@@ -107,23 +111,24 @@ def pick(problem: Problem, gpu: GpuSpec, tokens: int) -> Schedule:
 
 
 def _pick(problem: Problem, gpu: GpuSpec, tokens: int) -> Schedule:
-    entry = table(gpu).get(key_of(problem, tokens))
-    if entry is not None and entry.schedule.why_illegal(problem, gpu) is None:
-        return entry.schedule
-    return cost_model.choose(problem, gpu, tokens)
+    entry = measured(problem, gpu, tokens)
+    return cost_model.choose(problem, gpu, tokens) if entry is None else entry.schedule
 
 
 def measured(problem: Problem, gpu: GpuSpec, tokens: int) -> Entry | None:
     """The table's entry that `pick` follows, if it follows one."""
     entry = table(gpu).get(key_of(problem, tokens))
-    return entry if entry is not None and entry.schedule.why_illegal(problem, gpu) is None else None
+    if entry is None or entry.schedule.why_illegal(problem, gpu) is not None:
+        return None
+    # a table made with another Triton may hold kernels for slabs in another order than they lie here
+    return None if isinstance(entry.schedule, Fused) and entry.schedule.order != gpu.order else entry
 
 
 def intervals(problem: Problem, gpu: GpuSpec, upto: int = 16384) -> list[Interval]:
     """What `pick` takes for T in 1..upto, in order: the cost model's lower envelope with the table's entries over it."""
     found: list[Interval] = []
     end = 0  # of the entry that covers what comes
-    for interval in cost_model.envelope(problem, gpu, upto):
+    for interval in envelope(problem, gpu, upto):
         first = max(interval.first, end + 1)
         while first <= interval.last:
             end = key_of(problem, first).tokens
@@ -251,12 +256,12 @@ def _entry(record: dict[str, Any]) -> Entry:
     return Entry(key, read_schedule(record["schedule"]), *(float(record[n]) for n in ("us", "default_us", "noise_us")))
 
 
-_KINDS: dict[str, type[Decode] | type[Prefill] | type[Gemm] | type[Reference]] = {
-    "decode": Decode, "prefill": Prefill, "gemm": Gemm, "reference": Reference,
+_KINDS: dict[str, type[Decode] | type[Prefill] | type[TensorPrefill] | type[Gemm] | type[Reference]] = {
+    "decode": Decode, "prefill": Prefill, "tensor": TensorPrefill, "gemm": Gemm, "reference": Reference,
 }  # fmt: skip
 _TYPES: dict[str, type] = {
     "family": str, "tokens": int, "stages": int, "ctas_per_sm": int, "early_start": bool, "halves": bool, "expand": bool,
-    "panels": int, "x_stages": int, "w_stages": int, "cluster": str, "turn": int, "split": bool,
+    "panels": int, "x_stages": int, "w_stages": int, "cluster": str, "turn": int, "split": bool, "warps": int,
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from torch import fx
 
 from codegen.formats.slab_map import SlabMap, slab_map
 from codegen.gpu import this_gpu
-from codegen.schedule import Problem
+from codegen.problem import Problem
 from codegen.tuning import Choices
 from patch_compiler.tile_map import TileKind
 

@@ -29,8 +29,9 @@ from codegen.emit import Specialisation
 from codegen.formats.slab_map import slab_map, why_not
 from codegen.gpu import GpuSpec, gpu_here, gpu_spec, this_gpu
 from codegen.measure import Timing, copies, measure, random_metadata
+from codegen.problem import Problem
 from codegen.runtime import Layer
-from codegen.schedule import Decode, Gemm, Prefill, Problem, Schedule, legal_schedules
+from codegen.schedule import Fused, Gemm, Schedule, legal_schedules
 from codegen.tuning import Entry
 
 from .atomic import atomic_file
@@ -311,9 +312,9 @@ def compile_candidates(targets: Iterable[Target], tokens: Sequence[int], gpu: Gp
         for _, problem in _distinct(targets)
         for t in _sizes(tokens)
         for schedule in _candidates(problem, here, t)
-        if isinstance(schedule, Decode | Prefill) and problem.slabs is not None
+        if isinstance(schedule, Fused) and problem.slabs is not None
     ]
-    compile_all(kernels, here)
+    compile_all(kernels)
 
 
 def _run(args: argparse.Namespace) -> None:

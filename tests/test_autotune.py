@@ -11,11 +11,13 @@ import torch
 import patch_compiler
 from codegen import cost_model, tuning
 from codegen.cost_model import choose
+from codegen.decode_schedule import Decode
 from codegen.fit import read_measurements, scattered
 from codegen.formats.slab_map import slab_map
 from codegen.gpu import gpu_spec
 from codegen.measure import Timing, copies
-from codegen.schedule import Decode, Gemm, Problem
+from codegen.problem import Problem
+from codegen.schedule import Gemm
 from codegen.tuning import Entry, key_of, pick, read, update
 from patch_compiler import autotune
 from patch_compiler.artifact import save_masks
@@ -78,7 +80,7 @@ def with_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a fake H100")
     monkeypatch.setattr(autotune, "this_gpu", lambda index: H100)
     monkeypatch.setattr(autotune, "gpu_here", lambda: H100)
-    monkeypatch.setattr(autotune, "compile_all", lambda kernels, gpu: FakeBench.compiled.extend(kernels))
+    monkeypatch.setattr(autotune, "compile_all", lambda kernels: FakeBench.compiled.extend(kernels))
     monkeypatch.setattr(FakeBench, "compiled", [], raising=False)
     monkeypatch.setattr(autotune, "_Bench", FakeBench)
     FakeBench.made = 0

@@ -14,12 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from codegen import cost_model
-from codegen.cost_model import CONSTANTS, choose, cost, envelope, predict, stage_cost, symbol
+from codegen import envelope as cost_envelope
+from codegen.cost_model import CONSTANTS, choose, cost, predict, seconds, stage_cost, symbol
+from codegen.decode_schedule import Decode
+from codegen.envelope import envelope
 from codegen.fit import errors, fit, main, read_measurements, scattered
 from codegen.formats.slab_map import slab_map
 from codegen.gpu import KEYS, gpu_spec
 from codegen.plan import work_plan
-from codegen.schedule import Decode, Gemm, Prefill, Problem, Reference, legal_schedules
+from codegen.prefill_schedule import Prefill
+from codegen.problem import Problem
+from codegen.schedule import Gemm, Reference, legal_schedules
+from codegen.tensor_schedule import TensorPrefill
 from patch_compiler.tile_map import TileKind, TileMap
 
 from .strategies import tile_maps
@@ -54,7 +60,8 @@ def test_a_choice_is_legal_cheapest_and_always_the_same(problem, gpu, tokens):
     assert choose(twin, gpu, tokens) == chosen
     if not (problem.dense_weight and problem.sparsity == 0):
         costs = [predict(problem, s, gpu, tokens) for s in legal_schedules(problem, gpu, tokens)]
-        assert predict(problem, chosen, gpu, tokens) <= cost_model.MARGIN * min(costs)
+        # a dense GEMM goes before the best parts within both margins
+        assert predict(problem, chosen, gpu, tokens) <= cost_model.MARGIN * cost_model.SPLIT_MARGIN * min(costs)
 
 
 @given(problems(), gpus, st.integers(1, 600))
@@ -202,7 +209,7 @@ def test_choosing_is_fast():
 # ---- envelope
 
 
-@given(problems(), gpus, st.integers(1, 3000), st.data())
+@given(problems(), gpus, st.integers(1, 6000), st.data())
 def test_the_envelope_is_what_is_chosen_everywhere(problem, gpu, upto, data):
     intervals = envelope(problem, gpu, upto)
     assert intervals[0].first == 1
@@ -214,7 +221,7 @@ def test_the_envelope_is_what_is_chosen_everywhere(problem, gpu, upto, data):
     for tokens in edges | set(data.draw(st.lists(st.integers(1, upto), max_size=20))):
         found = next(i for i in intervals if i.first <= tokens <= i.last).schedule
         best = choose(problem, gpu, tokens)
-        ranks = [cost_model._rank(s, predict(problem, s, gpu, tokens)) for s in (found, best)]
+        ranks = [cost_model.rank(s, predict(problem, s, gpu, tokens)) for s in (found, best)]
         assert ranks[0] == pytest.approx(ranks[1], rel=1e-12)
 
 
@@ -225,6 +232,16 @@ def test_the_envelope_at_every_t_of_a_7b_model(shape, sparse, dense_weight):
     problem = problem_of(shape, sparse, dense_weight)
     for interval in envelope(problem, H100, 1500):
         assert {choose(problem, H100, t) for t in range(interval.first, interval.last + 1)} == {interval.schedule}
+
+
+@pytest.mark.parametrize(("key", "triton"), [("h100", "3.9.0"), ("h100", "3.6.0"), ("a100", "3.9.0"), ("rtx4090", "3.9.0")])
+@pytest.mark.parametrize("shape", LLAMA_7B)
+def test_an_envelope_is_short_and_soon_found(shape, key, triton, monkeypatch):
+    """Explanations print it, for each layer of a model."""
+    counted = []
+    monkeypatch.setattr(cost_envelope, "seconds", lambda *args: counted.append(args) or seconds(*args))
+    assert len(envelope(problem_of(shape, dense_weight=True), gpu_spec(key, triton))) < 30
+    assert len(counted) < 5000  # some microseconds each
 
 
 def test_an_interval_says_what_runs_and_what_it_costs():
@@ -239,6 +256,8 @@ def test_an_interval_says_what_runs_and_what_it_costs():
     assert float(first.cost.subs(symbol(), 8)) == pytest.approx(first.seconds[1])
     other = envelope(problem_of(), gpu_spec("a100"))[0]
     assert "from data sheet rates" in str(other)
+    assert "from data sheet rates" not in str(first)
+    assert "from data sheet rates" in str(replace(first, schedule=TensorPrefill(128, 8, 3)))
     assert "10.8 us measured" in str(replace(first, measured=10.8))
 
 

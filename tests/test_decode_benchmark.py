@@ -15,10 +15,11 @@ from benchmarks.decode_cases import CONCENTRATION, MAPS, PARTS, allocation, case
 from benchmarks.decode_plot import roofline
 from benchmarks.decode_summary import geomean, losses, markdown, summarise, summary_table, target
 from codegen import runtime
+from codegen.decode_schedule import Decode
 from codegen.formats.slabs import Slabs, from_slabs
 from codegen.gpu import gpu_spec
 from codegen.measure import Timing
-from codegen.schedule import Decode, Gemm
+from codegen.schedule import Gemm
 from patch_compiler import unpack
 from patch_compiler.tile_map import TileKind
 from patch_compiler.tuning_targets import STANDARD
@@ -184,7 +185,7 @@ def pretended(monkeypatch, tmp_path):
         monkeypatch.setitem(STANDARD, name, standard)
     monkeypatch.setenv("PATCH_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(decode, "gpu_here", lambda: H100)
-    monkeypatch.setattr(decode, "compile_all", lambda schedules, gpu: None)
+    monkeypatch.setattr(decode, "compile_all", lambda schedules: None)
     monkeypatch.setattr(runtime, "this_gpu", lambda index: H100)
     monkeypatch.setattr(decode_bench, "Layer", FakeLayer)
     monkeypatch.setattr(decode_bench, "DEVICE", "cpu")

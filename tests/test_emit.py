@@ -13,13 +13,16 @@ from pathlib import Path
 import pytest
 
 from codegen import cache, emit
+from codegen.decode_schedule import TOKEN_TILES, Decode
 from codegen.emit import Specialisation
-from codegen.schedule import CLUSTERS, TOKEN_TILES, Decode, Prefill
+from codegen.prefill_schedule import CLUSTERS, Prefill
+from codegen.tensor_schedule import TENSOR_TILES, TensorPrefill
 
 HOPPER = Specialisation(Decode("hopper", 16, 6, early_start=True), 128, "bfloat16", True)
 STREAM = Specialisation(Decode("stream", 32, 5), 64, "float16", False)
-BOTH = pytest.mark.parametrize("what", [HOPPER, STREAM], ids=["hopper", "stream"])
 PREFILL = Specialisation(Prefill(128, 2, 5, 3, "tokens", early_start=True), 128, "float16", True)
+TENSOR = Specialisation(TensorPrefill(128, 8, 5, split=True), 128, "float16", True)
+BOTH = pytest.mark.parametrize("what", [HOPPER, STREAM], ids=["hopper", "stream"])
 
 
 def files(directory: Path) -> list[Path]:
@@ -67,7 +70,31 @@ def test_the_prefill_modules_constants_are_the_schedules(tmp_path: Path) -> None
     assert len({emit.emit(s, directory=tmp_path).name for s in made}) == len(made)
 
 
-@pytest.mark.parametrize("what", [HOPPER, STREAM, PREFILL], ids=["hopper", "stream", "prefill"])
+def test_the_tensor_modules_constants_are_the_schedules(tmp_path: Path) -> None:
+    module = emit._load(emit.emit(TENSOR, directory=tmp_path))
+    names = ("ROWS", "TOKENS", "WARPS", "STAGES", "HAS_BIAS")
+    assert [getattr(module, name).value for name in names] == [128, 128, 8, 5, True]
+    assert TENSOR.warps == 8
+    assert str(module.DTYPE.value) == "fp16"
+    assert "m16n8k16.row.col.f32.f16.f16" in module.DENSE_STEP.value
+    assert module.SPARSE_STEP_0.value.endswith("$16, 0;")
+    assert module.SPARSE_STEP_1.value.endswith("$16, 1;")
+    assert module.TRANSPOSE.value.startswith("movmatrix")
+    assert callable(module.tensor_prefill.run)
+    made = [
+        Specialisation(TensorPrefill(tokens, warps, stages), rows, dtype, bias)
+        for tokens, warps in TENSOR_TILES
+        for stages in (2, 3)
+        for rows in (64, 128)
+        for dtype in ("bfloat16", "float16")
+        for bias in (False, True)
+    ]
+    assert len({emit.emit(s, directory=tmp_path).name for s in made}) == len(made)
+    once = Specialisation(TensorPrefill(128, 8, 5, split=False), 128, "float16", True)
+    assert emit.source(once) == emit.source(TENSOR), "how the work is cut is the plan's business"
+
+
+@pytest.mark.parametrize("what", [HOPPER, STREAM, PREFILL, TENSOR], ids=["hopper", "stream", "prefill", "tensor"])
 def test_nothing_else_of_the_family_is_changed(what: Specialisation) -> None:
     """Outside the block only the import of the instructions' text goes, which is in the block now."""
     file = emit._FAMILIES[what.schedule.family][0]
@@ -82,7 +109,7 @@ def test_nothing_else_of_the_family_is_changed(what: Specialisation) -> None:
     assert new_rest.split(emit._END)[1] == rest.split(emit._END)[1]
     comments = [line.partition("#")[2] for line in rest.split(emit._END)[0].splitlines() if "#" in line]
     assert all(c in new_rest.split(emit._END)[0] for c in comments)
-    assert "mma_sp." not in new_rest.split(emit._END)[0]
+    assert not any(module in new_rest.split(emit._END)[0] for module in ("mma_sp.", "movmatrix.t", "movmatrix.c"))
 
 
 def test_every_specialisation_has_a_file_of_its_own(tmp_path: Path) -> None:

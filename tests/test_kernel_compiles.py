@@ -63,7 +63,7 @@ EMITTED = """
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 from codegen import emit
-from codegen.schedule import Decode
+from codegen.decode_schedule import Decode
 
 directory = pathlib.Path(sys.argv[1])
 for case in sys.argv[2:]:

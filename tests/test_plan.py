@@ -8,10 +8,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from codegen.decode_schedule import MOST_STAGES
 from codegen.formats.slab_map import SlabMap, slab_map
 from codegen.formats.slabs import Slabs, from_slabs, to_slabs
 from codegen.plan import HEADER, SEGMENT, STAGE, StageCost, WorkPlan, work_plan
-from codegen.schedule import MOST_STAGES
 from patch_compiler import HardMask, TileKind, TileMap, pack
 from patch_compiler.packed import unpack
 

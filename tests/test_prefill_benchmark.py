@@ -10,7 +10,7 @@ from benchmarks import decode_bench, prefill
 from benchmarks.decode_cases import cases
 from codegen import runtime
 from codegen.gpu import gpu_spec
-from codegen.schedule import Prefill
+from codegen.prefill_schedule import Prefill
 from patch_compiler.tuning_targets import STANDARD
 
 from .test_decode_benchmark import SMALL, FakeLayer, fake_measure
@@ -71,7 +71,7 @@ def pretended(monkeypatch, tmp_path):
     for name, standard in SMALL.items():
         monkeypatch.setitem(STANDARD, name, standard)
     monkeypatch.setattr(prefill, "gpu_here", lambda: H100)
-    monkeypatch.setattr(prefill, "compile_all", lambda kernels, gpu: None)
+    monkeypatch.setattr(prefill, "compile_all", lambda kernels: None)
     monkeypatch.setattr(prefill, "measure", fake_measure)
     monkeypatch.setattr(prefill, "clock_mhz", lambda calls: None)
     monkeypatch.setattr(runtime, "this_gpu", lambda index: H100)

@@ -15,7 +15,7 @@ PREFILL = """
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 from codegen import emit
-from codegen.schedule import Prefill
+from codegen.prefill_schedule import Prefill
 
 directory = pathlib.Path(sys.argv[1])
 DIVIDED = {"": ([], [], []), "tokens": ([[1, 0]], [[0, 0]], [[1, 0]]), "panels": ([[0, 0]], [[0, 0]], [[0, 1]])}

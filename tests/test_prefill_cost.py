@@ -13,8 +13,9 @@ from codegen.formats.slab_map import slab_map
 from codegen.gpu import gpu_spec
 from codegen.prefill_cost import CONSTANTS, item_cost
 from codegen.prefill_plan import program
+from codegen.prefill_schedule import Prefill
 from codegen.prefill_split import share
-from codegen.schedule import Prefill, Problem
+from codegen.problem import Problem
 
 H100 = gpu_spec("h100", "3.9.0")
 SHAPES = [(4096, 4096), (4096, 11008), (12288, 4096), (22016, 4096), (6144, 4096), (28672, 4096), (4096, 14336)]

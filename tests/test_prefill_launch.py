@@ -15,7 +15,8 @@ from codegen.gpu import gpu_spec
 from codegen.kernels.hopper_prefill import hopper_prefill
 from codegen.prefill_launch import PrefillLaunch
 from codegen.prefill_plan import HEADER, ItemCost
-from codegen.schedule import Prefill, Problem
+from codegen.prefill_schedule import Prefill
+from codegen.problem import Problem
 from patch_compiler import pack
 
 from .strategies import random_hard_mask, random_weight

@@ -18,8 +18,8 @@ from codegen.formats.oracle import tensor_copy
 from codegen.formats.slabs import Slabs, to_slabs
 from codegen.isa import wgmma
 from codegen.prefill_plan import HEADER, ItemCost, deal, program
+from codegen.prefill_schedule import CLUSTERS, Cluster, Prefill
 from codegen.prefill_split import share
-from codegen.schedule import CLUSTERS, Cluster, Prefill
 from patch_compiler import HardMask, TileKind, TileMap, pack
 from patch_compiler.packed import unpack
 

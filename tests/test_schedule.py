@@ -11,19 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from codegen.decode_schedule import MOST_STAGES, TOKEN_TILES, Decode
 from codegen.formats.slab_map import slab_map
 from codegen.gpu import KEYS, GpuSpec, gpu_spec, this_gpu
-from codegen.schedule import (
-    MOST_STAGES,
-    TOKEN_TILES,
-    Decode,
-    Gemm,
-    Prefill,
-    Problem,
-    Reference,
-    legal_schedules,
-    prefill_schedules,
-)
+from codegen.prefill_schedule import Prefill, prefill_schedules
+from codegen.problem import Problem
+from codegen.schedule import REGIMES, Fused, Gemm, Reference, legal_schedules
+from codegen.tensor_schedule import TENSOR_STAGES, TENSOR_TILES, TensorPrefill, tensor_schedules
 from patch_compiler import TileKind, TileMap
 
 TRITONS = ("3.6.0", "3.9.0", "3.10.1+git0123")
@@ -33,7 +27,7 @@ def problem(rows: int = 128, dtype: str = "bfloat16", shape: tuple[int, int] = (
     return Problem(shape, dtype, slab_map(TileMap.full(shape, TileKind.SPARSE24, (rows, 128))), **changes)
 
 
-def why(schedule: Decode | Prefill, gpu: GpuSpec | None = None, **changes) -> str:
+def why(schedule: Fused, gpu: GpuSpec | None = None, **changes) -> str:
     reason = schedule.why_illegal(problem(**changes), gpu or gpu_spec("h100", "3.9.0"))
     assert reason is not None
     return reason
@@ -104,13 +98,13 @@ def test_float32_slabs_do_not_exist_but_other_tile_maps_do() -> None:
         (Decode("stream", 64, 8), {}, ("l4", "3.9.0"), r"needs \d+ bytes of shared memory on an SM, NVIDIA L4 has 101376"),
         (Decode("hopper", 8, 8, 2), {}, ("h100", "3.9.0"), "bytes of shared memory on an SM"),
         (Prefill(256, 1, 4, 3), {"dtype": "float32"}, ("h100", "3.9.0"), "bfloat16 and float16 here, the weight is float32"),
-        (Prefill(256, 1, 4, 3), {"shape": (1001, 128)}, ("h100", "3.9.0"), "1001x128 has no whole eights"),
-        (Prefill(256, 1, 4, 3), {"shape": (128, 516)}, ("h100", "3.9.0"), "128x516 has no whole eights"),
+        (Prefill(256, 1, 4, 3), {"shape": (1001, 128)}, ("h100", "3.9.0"), "1001 outputs are no multiple of 8"),
+        (Prefill(256, 1, 4, 3), {"shape": (128, 516)}, ("h100", "3.9.0"), "516 inputs are no multiple of 8"),
         (Prefill(256, 1, 4, 3), {}, ("h100", "3.6.0"), "needs sm_90 and Triton 3.9, here is sm_90 and Triton 3.6.0"),
         (Prefill(64, 1, 4, 3), {}, ("h100", "3.9.0"), "token tiles are"),
         (Prefill(128, 2, 4, 3, "panels"), {}, ("h100", "3.9.0"), "a group has one panel or two"),
         (Prefill(256, 1, 4, 3, turn=1024), {}, ("h100", "3.9.0"), "outputs leave in turns of"),
-        (Prefill(256, 1, 1, 3), {}, ("h100", "3.9.0"), "a ring has 2 to"),
+        (Prefill(256, 1, 1, 3), {}, ("h100", "3.9.0"), "a ring has at least 2"),
         (Prefill(256, 2, 2, 2), {}, ("h100", "3.9.0"), "accumulators for 64x256, not 128x256"),
         (Prefill(256, 1, 4, 3), {"rows": 64}, ("h100", "3.9.0"), "accumulators for 64x256, not 32x256"),
         (
@@ -121,9 +115,17 @@ def test_float32_slabs_do_not_exist_but_other_tile_maps_do() -> None:
         ),
         (Decode("hopper", 32, 3, 2), {"rows": 64}, ("h100", "3.9.0"), "2 programs on an SM leave too few registers for 32"),
         (Decode("stream", 64, 2, 2), {"rows": 64}, ("a100", "3.9.0"), "2 programs on an SM leave too few registers for 64"),
+        (TensorPrefill(128, 8, 3), {"dtype": "float32"}, ("a100", "3.9.0"), "the weight is float32"),
+        (TensorPrefill(128, 8, 3), {"shape": (128, 516)}, ("a100", "3.9.0"), "516 inputs are no multiple of 8"),
+        (TensorPrefill(256, 4, 2), {}, ("a100", "3.9.0"), "token tiles and warps are"),
+        (TensorPrefill(128, 8, 1), {}, ("a100", "3.9.0"), "a ring has 2 to"),
+        (TensorPrefill(64, 4, TENSOR_STAGES + 1), {}, ("a100", "3.9.0"), "a ring has 2 to"),
+        (TensorPrefill(64, 4, 2, 3), {}, ("a100", "3.9.0"), "one or two programs"),
+        (TensorPrefill(128, 8, 2, 2), {}, ("a100", "3.9.0"), "2 programs of 8 warps have too few registers"),
+        (TensorPrefill(256, 8, 3), {}, ("l4", "3.9.0"), r"needs 148496 bytes of shared memory on an SM, NVIDIA L4 has 102400"),
     ],
 )
-def test_what_is_illegal_says_why(schedule: Decode, changes: dict, gpu: tuple[str, str], reason: str) -> None:
+def test_what_is_illegal_says_why(schedule: Fused, changes: dict, gpu: tuple[str, str], reason: str) -> None:
     assert re.search(reason, why(schedule, gpu_spec(*gpu), **changes))
 
 
@@ -158,6 +160,56 @@ def test_panels_share_blocks_only_where_the_tiles_let_them() -> None:
 def test_stream_needs_ampere() -> None:
     turing = GpuSpec("Turing", "t", 75, 40, 64 * 1024, 1e11, 1e12, 1e13, triton="3.9.0")
     assert why(Decode("stream", 8, 2), turing) == "needs sm_80, here is sm_75"
+
+
+def test_tensor_rings_fill_the_shared_memory() -> None:
+    """An A100 has 164 KB on an SM, an A6000 100 KB; each program's launch takes one of them."""
+    turing = GpuSpec("Turing", "t", 75, 40, 64 * 1024, 1e11, 1e12, 1e13, triton="3.9.0")
+    assert why(TensorPrefill(64, 4, 2), turing) == "needs sm_80, here is sm_75"
+    wanted = {
+        ("a100", 128): {(64, 4, 6, 1), (64, 4, 3, 2), (128, 4, 5, 1), (128, 4, 2, 2), (128, 8, 5, 1), (256, 8, 3, 1)},
+        ("a6000", 128): {(64, 4, 4, 1), (64, 4, 2, 2), (128, 4, 3, 1), (128, 8, 3, 1), (256, 8, 2, 1)},
+        ("l4", 64): {(64, 4, 6, 1), (64, 4, 3, 2), (128, 4, 4, 1), (128, 4, 2, 2), (128, 8, 4, 1), (256, 8, 2, 1)},
+    }
+    for (key, rows), expected in wanted.items():
+        gpu, p = gpu_spec(key, "3.6.0"), problem(rows)
+        found = list(tensor_schedules(p, gpu, 1000))
+        assert {(s.tokens, s.warps, s.stages, s.ctas_per_sm) for s in found} == expected
+        assert len(set(map(str, found))) == len(found) == 2 * len(expected), "each whole and split"
+        for s in found:
+            assert s.why_illegal(p, gpu) is None
+            assert s.shared_bytes(rows) - 1024 <= gpu.shared_bytes, "what one program may ask for"
+
+
+@pytest.mark.parametrize("triton", ["3.6.0", "3.9.0"])
+@given(key=st.sampled_from(KEYS), tokens=st.integers(1, 20000), panels=st.integers(1, 40))
+def test_between_regimes_the_same_schedules_are_legal(triton: str, key: str, tokens: int, panels: int) -> None:
+    """What the envelope relies on."""
+    p, gpu = problem(shape=(panels * 128, 128)), gpu_spec(key, triton)
+    first = max([0, *(t for t in REGIMES if t < tokens)]) + 1
+    assert list(legal_schedules(p, gpu, tokens)) == list(legal_schedules(p, gpu, first))
+
+
+def test_large_weights_and_many_tokens_leave_less_to_choose_from() -> None:
+    gpu = gpu_spec("a100", "3.9.0")
+    for outputs, large in ((4096, True), (896, False)):
+        p = problem(shape=(outputs, 128))
+        few, many, most = (set(tensor_schedules(p, gpu, t)) for t in (1024, 1025, 4097))
+        assert {(s.tokens, s.warps) for s in few} == set(TENSOR_TILES)
+        if large:
+            assert many == {s for s in few if s.warps == 8 and not s.split}
+            assert most == {s for s in many if s.tokens == 256}
+        else:
+            assert few == many == most
+
+
+def test_schedules_read_slabs_in_the_order_of_their_gpu() -> None:
+    for key in KEYS:
+        for triton in TRITONS:
+            gpu = gpu_spec(key, triton)
+            found = [s for t in (1, 100, 5000) for s in legal_schedules(problem(), gpu, t) if isinstance(s, Fused)]
+            assert found
+            assert {s.order for s in found} == {gpu.order}
 
 
 def test_gemm_and_reference() -> None:
@@ -214,8 +266,9 @@ def test_names_tell_schedules_apart() -> None:
 )
 def test_only_the_measured_card_is_taken_for_it(name, capability, sms, key, measured, monkeypatch) -> None:
     properties = SimpleNamespace(
-        name=name, major=capability[0], minor=capability[1], multi_processor_count=sms, shared_memory_per_block_optin=232448
-    )
+        name=name, major=capability[0], minor=capability[1], multi_processor_count=sms, shared_memory_per_block_optin=232448,
+        L2_cache_size=30_000_000,
+    )  # fmt: skip
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     this_gpu.cache_clear()
     try:
@@ -223,6 +276,7 @@ def test_only_the_measured_card_is_taken_for_it(name, capability, sms, key, meas
     finally:
         this_gpu.cache_clear()
     assert (gpu.key, gpu.measured, gpu.sms) == (key, measured, sms)
+    assert (gpu.l2_bytes == 30_000_000) != (key in KEYS), "what the driver says of a card that is not on the list"
     assert gpu.bandwidth > 0
     if "MIG" in name:
         assert gpu.bandwidth < 0.2 * gpu_spec("h100").bandwidth

@@ -12,10 +12,14 @@ import pytest
 
 from codegen import tuning
 from codegen.cost_model import choose
+from codegen.decode_schedule import Decode
 from codegen.fit import scattered
 from codegen.formats.slab_map import slab_map
 from codegen.gpu import gpu_spec
-from codegen.schedule import Decode, Gemm, Prefill, Problem, Reference
+from codegen.prefill_schedule import Prefill
+from codegen.problem import Problem
+from codegen.schedule import Gemm, Reference
+from codegen.tensor_schedule import TensorPrefill
 from codegen.tuning import Entry, TableError, intervals, key_of, pick, read, update
 
 H100 = gpu_spec("h100", "3.9.0")
@@ -33,7 +37,15 @@ def entry_of(problem: Problem, tokens: int = 1, schedule=OTHER, us=10.0, default
 
 @pytest.mark.parametrize(
     "schedule",
-    [OTHER, Decode("stream", 32, 4, 2), Prefill(128, 2, 5, 3, "tokens", split=True), Gemm(True), Gemm(False), Reference()],
+    [
+        OTHER,
+        Decode("stream", 32, 4, 2),
+        Prefill(128, 2, 5, 3, "tokens", split=True),
+        TensorPrefill(128, 8, 3, 1, True),
+        Gemm(True),
+        Gemm(False),
+        Reference(),
+    ],
 )
 def test_a_table_comes_back_as_it_was_written(tmp_path, schedule):
     path, entry = tmp_path / "deep" / "t.json", entry_of(problem_of(), 16, schedule)
@@ -81,6 +93,16 @@ def test_an_entry_that_is_not_legal_here_is_passed_over():
     assert pick(problem, old, 1) == choose(problem, old, 1)
     assert pick(problem, H100, 64) == choose(problem, H100, 64)
     assert tuning.measured(problem, H100, 64) is None
+
+
+@pytest.mark.parametrize("schedule", [TensorPrefill(128, 8, 3), Decode("stream", 64, 4)])
+def test_an_entry_for_slabs_in_another_order_is_passed_over(schedule):
+    """Both Tritons share a table of the GPU, not the order of the slabs."""
+    problem, older = problem_of(), gpu_spec("h100", "3.6.0")
+    update(tuning.user_path(H100), H100, [entry_of(problem, 128, schedule)])
+    assert pick(problem, older, 128) == schedule
+    assert pick(problem, H100, 128) == choose(problem, H100, 128)
+    assert tuning.measured(problem, H100, 128) is None
 
 
 def test_the_users_table_goes_before_the_shipped_one(tmp_path, monkeypatch):

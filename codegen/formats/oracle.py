@@ -2,7 +2,7 @@
 
 Each instruction is modelled from its definition, register by register and byte by byte, never from the inverse of our own
 layout: PTX ISA 9.7.14.5 (fragments of mma.m16n8k16), 9.7.14.6.2.2 (of mma.sp.m16n8k32 and its metadata), 9.7.15.5 (the
-descriptors, shared memory layout and accumulators of wgmma) and 9.7.15.6 (wgmma.sp). `multiply_fragments` and
+descriptors, shared memory layout and accumulators of wgmma), 9.7.15.6 (wgmma.sp) and "movmatrix". `multiply_fragments` and
 `multiply_images` walk the slabs as the kernels do and issue nothing but these.
 
 Registers are int32 [..., 32 lanes, registers], two 16-bit elements each, the first in the low half. Shared memory is uint8.
@@ -52,6 +52,11 @@ def mma_sp_m16n8k32(a: Tensor, b: Tensor, metadata: Tensor, selector: int, dtype
     kept = _placed(_elements(a, dtype), (A_ROW, SPARSE_A_FIRST // 4, (_I8 & 1).expand_as(A_ROW)), (16, 8, 2))
     right = _placed(_elements(b, dtype), (SPARSE_B_ROW, GROUP_ID.expand_as(SPARSE_B_ROW)), (32, 8))
     return (_expand(kept, _kept_positions(metadata, selector)) @ right)[..., C_ROW, C_COLUMN]
+
+
+def movmatrix(matrix: Tensor) -> Tensor:
+    """8x8 elements [..., 32 lanes, 2] -> their transpose. Lane 4 i + j holds row i, columns 2 j and 2 j + 1 of either."""
+    return matrix.unflatten(-2, (8, 4)).flatten(-2).mT.unflatten(-1, (4, 2)).flatten(-3, -2)
 
 
 def wgmma_m64nNk16(a: Tensor, a_descriptor: int, b: Tensor, b_descriptor: int, n: int, dtype: torch.dtype) -> Tensor:

@@ -56,6 +56,11 @@ class SlabMap:
         """Bytes of values, metadata and words."""
         return self.slabs * (self.rows * BLOCK * dtype.itemsize + 4) + self.sparse_slabs * 2 * 2 * self.rows * 4
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of 16-bit values and metadata, which a launch reads once for each tile of tokens at most."""
+        return self.slabs * self.rows * BLOCK * 2 + self.sparse_slabs * self.rows * 16
+
     @cached_property
     def sparse(self) -> Tensor:
         """bool [slabs]: which are sparse slabs."""

@@ -19,6 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from codegen.isa import mma_sp
+from codegen.kernels.fragments import b_fragments, barrier, copy, indices, operand_layout, x_layout
 
 # --- schedule: codegen/emit.py rewrites this block ---
 DTYPE = gl.constexpr(gl.bfloat16)
@@ -37,19 +38,8 @@ WARPS = gl.constexpr(ROWS // 16)
 HEADER = gl.constexpr(8)
 SEGMENT = gl.constexpr(8)
 
-# Operands of one instruction: [strips of 16 rows, fragments of 8 tokens, lane, register]
-FRAGMENTS = gl.constexpr(gl.BlockedLayout([1, TOKENS.value // 8, 1, 4], [1, 1, 32, 1], [WARPS.value, 1, 1, 1], [3, 2, 1, 0]))
-# Where B fragments keep the elements of an X block [TOKENS, 64]: lane 4 g + t has token g of a fragment, columns 2t, 2t + 1
-# and 2t + 8, 2t + 9 of every 16. One ldmatrix fills four registers: 32 columns, which is what mma.sp takes as one operand.
-X_FRAGMENTS = gl.constexpr(
-    gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 8], [0, 16], *([n, 0] for n in (8, 16, 32) if n < TOKENS.value), [0, 32]],
-        lane_bases=[[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]],
-        warp_bases=[[0, 0] for n in (1, 2, 4) if n < WARPS.value],
-        block_bases=[],
-        shape=[TOKENS.value, 64],
-    )
-)
+FRAGMENTS = gl.constexpr(operand_layout(ROWS.value, TOKENS.value, WARPS.value, 1))
+X_FRAGMENTS = gl.constexpr(x_layout(TOKENS.value, WARPS.value, 1))
 # cp.async: 16 bytes a lane
 VALUES_COPY = gl.constexpr(gl.BlockedLayout([1, 1, 1, 4], [1, 1, 32, 1], [WARPS.value, 1, 1, 1], [3, 2, 1, 0]))
 METADATA_COPY = gl.constexpr(gl.BlockedLayout([1, 1, 4, 1], [4, 1, 8, 1], [WARPS.value // 2, 2, 1, 1], [3, 2, 0, 1]))
@@ -57,20 +47,6 @@ X_COPY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [WARPS.value, 1], [1, 0])
 VALUES_SHARED = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0]))  # [strip, step, lane, register]
 METADATA_SHARED = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 0, 1]))  # [strip, half, lane, 1], halves apart
 X_SHARED = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
-
-# names that changed between Triton 3.6 and 3.9
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-_copy = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
-
-
-@gluon.jit
-def _indices(n0: gl.constexpr, n1: gl.constexpr, n2: gl.constexpr, n3: gl.constexpr, layout: gl.constexpr):
-    """The index along each dimension of a tensor [n0, n1, n2, n3], size 1 along the others."""
-    i0 = gl.arange(0, n0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, layout))))[:, None, None, None]
-    i1 = gl.arange(0, n1, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, layout))))[None, :, None, None]
-    i2 = gl.arange(0, n2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, layout))))[None, None, :, None]
-    i3 = gl.arange(0, n3, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, layout))))[None, None, None, :]
-    return i0, i1, i2, i3
 
 
 @gluon.jit
@@ -85,38 +61,22 @@ def _fetch(
     slab = slabs.to(gl.int32)
     metadata_row = slabs >> 32
     sparse = exists & (metadata_row >= 0)
-    strip, step, lane, register = _indices(ROWS // 16, 4, 32, 4, VALUES_COPY)
+    strip, step, lane, register = indices(ROWS // 16, 4, 32, 4, VALUES_COPY)
     word = ((strip * 4 + step) * 32 + lane) * 4 + register
     words = gl.multiple_of(values_ptr + slab.to(gl.int64) * (ROWS * 32) + word, [1, 1, 1, 16])
-    _copy(values.index(slot), words, mask=exists, eviction_policy="evict_first")
-    strip, half, lane, register = _indices(ROWS // 16, 2, 32, 1, METADATA_COPY)
+    copy(values.index(slot), words, mask=exists, eviction_policy="evict_first")
+    strip, half, lane, register = indices(ROWS // 16, 2, 32, 1, METADATA_COPY)
     word = (half * (ROWS // 16) + strip) * 32 + lane + register
     words = gl.multiple_of(metadata_ptr + metadata_row * (ROWS * 4) + word, [1, 1, 16, 1])
-    _copy(metadata.index(slot), words, mask=sparse, eviction_policy="evict_first")
+    copy(metadata.index(slot), words, mask=sparse, eviction_policy="evict_first")
     row = gl.arange(0, 2 * TOKENS, gl.SliceLayout(1, X_COPY))
     column = gl.arange(0, 64, gl.SliceLayout(0, X_COPY))
     token = row % TOKENS
     chunk = gl.where(row < TOKENS, blocks.to(gl.int32), (blocks >> 32).to(gl.int32))[:, None] * 8 + column[None, :] // 8
     wanted = ((row < TOKENS) & exists | sparse) & (token < tokens)
     offset = (token[:, None] * chunks + chunk) * 8 + column[None, :] % 8
-    _copy(x.index(slot), gl.multiple_of(x_ptr + offset, [1, 16]), mask=wanted[:, None] & (chunk < chunks))
+    copy(x.index(slot), gl.multiple_of(x_ptr + offset, [1, 16]), mask=wanted[:, None] & (chunk < chunks))
     async_copy.commit_group()
-
-
-@gluon.jit
-def _b_fragments(x, layout: gl.constexpr):
-    """The B fragments of an X block for its four steps of 16 columns: [1, TOKENS / 8, 32 lanes, 4] each. Moves nothing."""
-    b = x.load(X_FRAGMENTS).reshape([TOKENS // 8, 8, 2, 2, 2, 4, 2])  # fragment, g, step / 2, step % 2, half, t, pair
-    b = b.permute((0, 1, 5, 4, 6, 2, 3)).reshape([1, TOKENS // 8, 32, 4, 2, 2])
-    even, odd = gl.split(b)
-    b0, b2 = gl.split(even)
-    b1, b3 = gl.split(odd)
-    return (
-        gl.convert_layout(b0, layout, assert_trivial=True),
-        gl.convert_layout(b1, layout, assert_trivial=True),
-        gl.convert_layout(b2, layout, assert_trivial=True),
-        gl.convert_layout(b3, layout, assert_trivial=True),
-    )
 
 
 @gluon.jit
@@ -127,7 +87,7 @@ def _dense_step(acc, a, b):
 @gluon.jit
 def _dense_product(acc, values, x):
     """Add the product of a dense slab."""
-    b0, b1, b2, b3 = _b_fragments(x.slice(0, TOKENS), FRAGMENTS)
+    b0, b1, b2, b3 = b_fragments(x.slice(0, TOKENS), X_FRAGMENTS, FRAGMENTS)
     acc = _dense_step(acc, values.slice(0, 1, 1).load(FRAGMENTS), b0)
     acc = _dense_step(acc, values.slice(1, 1, 1).load(FRAGMENTS), b1)
     acc = _dense_step(acc, values.slice(2, 1, 1).load(FRAGMENTS), b2)
@@ -138,7 +98,7 @@ def _dense_product(acc, values, x):
 def _sparse_product(acc, values, metadata, x):
     """Add the product of a sparse slab: two halves, each of two steps that share a word of metadata."""
     for half in gl.static_range(2):
-        b0, b1, b2, b3 = _b_fragments(x.slice(half * TOKENS, TOKENS), FRAGMENTS)
+        b0, b1, b2, b3 = b_fragments(x.slice(half * TOKENS, TOKENS), X_FRAGMENTS, FRAGMENTS)
         a0 = values.slice(2 * half, 1, 1).load(FRAGMENTS)
         a1 = values.slice(2 * half + 1, 1, 1).load(FRAGMENTS)
         e = metadata.slice(half, 1, 1).load(FRAGMENTS)
@@ -190,7 +150,7 @@ def stream_decode(
     slabs = table[2 * STAGES]
     blocks = table[2 * STAGES + 1]
 
-    strip, fragment, lane, register = _indices(ROWS // 16, TOKENS // 8, 32, 4, FRAGMENTS)
+    strip, fragment, lane, register = indices(ROWS // 16, TOKENS // 8, 32, 4, FRAGMENTS)
     offsets = ((strip * (TOKENS // 8) + fragment) * 32 + lane) * 4 + register
     stage = 0
     slot = 0
@@ -205,9 +165,9 @@ def stream_decode(
         acc = gl.zeros([ROWS // 16, TOKENS // 8, 32, 4], gl.float32, FRAGMENTS)
         for _ in range(n_dense):
             async_copy.wait_group(STAGES - 1)
-            _barrier()  # every warp's copies are there
+            barrier()  # every warp's copies are there
             acc = _dense_product(acc, values.index(slot), x.index(slot))
-            _barrier()  # every warp is done with the slot
+            barrier()  # every warp is done with the slot
             exists = stage + STAGES < n_stages
             _fetch(
                 x_ptr, values_ptr, metadata_ptr, tokens, chunks,
@@ -221,9 +181,9 @@ def stream_decode(
             slot = gl.where(slot == STAGES, 0, slot)
         for _ in range(n_sparse):
             async_copy.wait_group(STAGES - 1)
-            _barrier()  # every warp's copies are there
+            barrier()  # every warp's copies are there
             acc = _sparse_product(acc, values.index(slot), metadata.index(slot), x.index(slot))
-            _barrier()  # every warp is done with the slot
+            barrier()  # every warp is done with the slot
             exists = stage + STAGES < n_stages
             _fetch(
                 x_ptr, values_ptr, metadata_ptr, tokens, chunks,
@@ -239,7 +199,7 @@ def stream_decode(
         last = n_parts == 1
         if n_parts > 1:
             gl.store(partials_ptr + (part * (ROWS * TOKENS) + offsets), acc, cache_modifier=".cg")
-            _barrier()
+            barrier()
             last = gl.atomic_add(counters_ptr + panel, 1, sem="acq_rel") == n_parts - 1
             if last:
                 acc = gl.zeros([ROWS // 16, TOKENS // 8, 32, 4], gl.float32, FRAGMENTS)

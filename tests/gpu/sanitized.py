@@ -11,8 +11,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from codegen.decode_schedule import Decode
 from codegen.gpu import this_gpu
-from codegen.schedule import Decode
+from codegen.tensor_schedule import TENSOR_TILES, TensorPrefill
 from tests.strategies import random_hard_mask
 
 from .test_decode import ORDER, TOLERANCE, Case
@@ -42,6 +43,15 @@ def main() -> None:
                 error = case.error(x, case(x, prefill))
                 assert error < TOLERANCE[torch.bfloat16], (prefill, rows, error)
                 print(prefill, rows, f"{error:.1e}", flush=True)
+    for tile, shape in (((128, 128), (300, 1096)), ((64, 64), (200, 600))):
+        case = Case(random_hard_mask(shape, tile), torch.bfloat16, "fragments")
+        for tokens, warps in TENSOR_TILES:
+            for split in (False, True):
+                schedule = TensorPrefill(tokens, warps, 2, split=split)
+                x = case.x(tokens + 3)
+                error = case.error(x, case(x, schedule))
+                assert error < TOLERANCE[torch.bfloat16], (tile, schedule, error)
+                print(tile, shape, schedule, f"{error:.1e}", flush=True)
     torch.cuda.synchronize()
     print("all right")
 

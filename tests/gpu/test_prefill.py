@@ -14,8 +14,8 @@ from codegen.formats.slab_map import SlabMap, slab_map
 from codegen.formats.slabs import to_slabs
 from codegen.gpu import GpuSpec, this_gpu
 from codegen.prefill_plan import ItemCost
+from codegen.prefill_schedule import Prefill, prefill_schedules
 from codegen.runtime import Layer
-from codegen.schedule import Prefill, prefill_schedules
 from patch_compiler import HardMask, TileKind, TileMap, pack
 
 from ..strategies import random_hard_mask, random_weight, relative_error, same_bits, tile_maps
@@ -115,7 +115,7 @@ def test_every_ring_gives_the_same_bits_each_time(rows: int) -> None:
     """Geometries may differ in the order of additions, not one run of a schedule from the next."""
     case = Case(random_hard_mask((4096, 4096), (rows, 128), dense=0.1), torch.bfloat16, "rows")
     found = list(prefill_schedules(case.layer.problem(), this_gpu()))
-    compile_all([Specialisation(s, rows, "bfloat16", True) for s in found], this_gpu())
+    compile_all([Specialisation(s, rows, "bfloat16", True) for s in found])
     x = case.x(2000)
     for s in found:
         y = case(x, s)
