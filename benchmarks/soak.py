@@ -1,0 +1,130 @@
+"""A thousand requests of random batch and length through one compiled packed model: memory must not grow, tokens must be right.
+
+    python -m benchmarks.soak [--model smollm2-135m] [--requests 1000] [--output benchmarks/results/soak-<gpu or cpu>.json]
+
+The model has random weights, 45 % hybrid sparsity, and is compiled once with dynamic shapes. A request is a batch of prompts;
+its answer is the next token after each of their tokens. Every tenth one is compared with the masked dense model in float32: a
+token is wrong if the reference prefers another one by more than the masked dense model in the packed one's dtype blurs logits.
+Memory is read after the first fifth of the requests, when every kernel has been met, and at the end. Exit status 1 if something
+is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import random
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from patch_compiler import HardMask, apply_masks, convert, named_linears
+from patch_compiler.bench.published_maps import published_maps
+from patch_compiler.bench.random_llama import SIZES, random_llama
+from patch_compiler.linears import weight_of
+from patch_compiler.provenance import provenance, write_results
+
+from .results_file import results_file
+
+SPARSITY = 0.45
+MOST_TOKENS = 4096  # batch times length
+COMPARED = 10  # every so many requests
+GROWTH = 16 << 20  # bytes of GPU memory that the allocator's own rounding may move
+
+
+def request(random_: random.Random, vocabulary: int, most: int) -> Tensor:
+    """Token ids [batch, length]; lengths spread over orders of magnitude, 1 among them."""
+    batch = random_.choice((1, 1, 2, 3, 4, 7, 8, 16))
+    length = min(int(2 ** random_.uniform(0, 11)), most // batch)
+    generator = torch.Generator().manual_seed(random_.getrandbits(31))
+    return torch.randint(vocabulary, (batch, max(1, length)), generator=generator)
+
+
+def wrong_tokens(logits: Tensor, reference: Tensor, dense: Tensor) -> int:
+    """Of logits [batch, length, vocabulary]: choices that the float32 reference likes less than its own by more than rounding.
+
+    What rounding may do is read from dense, the masked dense model's logits in the dtype of logits: two of its largest error,
+    and a little for another order of sums.
+    """
+    chosen = reference.gather(-1, logits.argmax(-1, keepdim=True))[..., 0]
+    allowed = 2 * (dense.float() - reference).abs().max() + 1e-4
+    return int((reference.max(-1).values - chosen > allowed).sum())
+
+
+def largest_error(logits: Tensor, reference: Tensor) -> float:
+    """Of the request's places: ‖logits − reference‖ / ‖reference‖."""
+    return float(((logits.float() - reference).norm(dim=-1) / reference.norm(dim=-1)).max())
+
+
+def soak(model: nn.Module, requests: int, dtype: torch.dtype, seed: int = 0, most: int = MOST_TOKENS) -> dict[str, Any]:
+    """model: float32, dense; it is masked in place. Returns what the results file holds."""
+    linears = {name: m for name, m in named_linears(model).items() if name != "lm_head"}
+    maps = published_maps({n: (weight_of(m).shape[0], weight_of(m).shape[1]) for n, m in linears.items()}, SPARSITY)
+    masks = {name: HardMask.select(maps[name], weight_of(m).abs()) for name, m in linears.items()}
+    apply_masks(model, masks)
+    dense = copy.deepcopy(model).to(dtype)
+    packed = convert(copy.deepcopy(dense), masks)
+    fast = torch.compile(packed, backend="patch", dynamic=True)
+    device = next(model.parameters()).device
+    random_ = random.Random(seed)
+    vocabulary: Any = model.config.vocab_size  # type: ignore[union-attr]
+    found: dict[str, Any] = {"requests": requests, "compared": 0, "tokens": 0, "wrong_tokens": 0}
+    found |= {"largest_error": 0.0, "dense_largest_error": 0.0}
+    settled: dict[str, int] = {}
+    graphs = counters["stats"]["unique_graphs"]
+    begin = time.monotonic()
+    with torch.no_grad():
+        for number in range(requests):
+            ids = request(random_, vocabulary, most).to(device)
+            logits = fast(ids, use_cache=False).logits
+            found["tokens"] += ids.numel()
+            if number % COMPARED == 0:
+                reference, rounded = (m(ids, use_cache=False).logits for m in (model, dense))
+                found["compared"] += ids.numel()
+                found["wrong_tokens"] += wrong_tokens(logits, reference, rounded)
+                found["largest_error"] = max(found["largest_error"], largest_error(logits, reference))
+                found["dense_largest_error"] = max(found["dense_largest_error"], largest_error(rounded, reference))
+                del reference, rounded
+            del logits
+            if number == requests // 5:
+                settled = memory(device)
+    end = memory(device)
+    found |= {"settled": settled, "end": end, "seconds": round(time.monotonic() - begin, 1)}
+    found["graphs"] = counters["stats"]["unique_graphs"] - graphs
+    found["grew"] = end["gpu_bytes"] - settled["gpu_bytes"] > GROWTH
+    return found
+
+
+def memory(device: torch.device) -> dict[str, int]:
+    """Bytes allocated on the GPU, and the process's largest resident set so far."""
+    allocated = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    return {"gpu_bytes": allocated, "resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--model", choices=SIZES, default="smollm2-135m")
+    parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/soak-<gpu or cpu>.json")
+    args = parser.parse_args(arguments)
+    gpu = torch.cuda.is_available()
+    device, dtype = (torch.device("cuda", 0), torch.bfloat16) if gpu else (torch.device("cpu"), torch.float32)
+    torch.manual_seed(0)
+    found = soak(random_llama(SIZES[args.model], device, torch.float32), args.requests, dtype)
+    print(found)
+    output = args.output or results_file("soak")
+    write_results(output, provenance("benchmarks.soak", arguments), {"model": args.model, "sparsity": SPARSITY} | found)
+    print(f"wrote {output}")
+    return 1 if found["wrong_tokens"] or found["grew"] else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,66 @@
+"""The soak benchmark finds what it looks for."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import soak
+from patch_compiler.bench.random_llama import Size, random_llama
+
+
+def test_requests_are_of_all_sizes() -> None:
+    made = [request for seed in range(300) for request in [soak.request(random.Random(seed), 50, 512)]]
+    assert all(1 <= r.numel() <= 512 and 0 <= int(r.min()) <= int(r.max()) < 50 for r in made)
+    assert {1, 16} <= {r.shape[0] for r in made}
+    assert min(r.shape[1] for r in made) == 1
+    assert max(r.shape[1] for r in made) > 256
+    assert torch.equal(soak.request(random.Random(7), 50, 512), made[7])
+
+
+def test_wrong_tokens_are_those_that_rounding_does_not_explain() -> None:
+    reference = torch.tensor([[[1.0, 0.9, 0.0], [1.0, 0.5, 0.0], [0.0, 1.0, 0.2]]])
+    dense = reference + torch.tensor([0.06, -0.06, 0.0])  # two logits may come 0.12 nearer each other
+    swapped = reference.flip(-1)[..., [1, 2, 0]]  # 0.9 first, then 0.5, then 0.0 or 0.2
+    assert soak.wrong_tokens(reference, reference, dense) == 0
+    assert soak.wrong_tokens(dense, reference, dense) == 0
+    near = torch.tensor([[[0.94, 0.96, 0.0], [1.0, 0.5, 0.0], [0.0, 1.0, 0.2]]])
+    assert soak.wrong_tokens(near, reference, dense) == 0
+    assert soak.wrong_tokens(near, reference, reference) == 1
+    assert soak.wrong_tokens(swapped, reference, dense) >= 2
+    assert soak.largest_error(swapped, reference) > 0.3
+    assert soak.largest_error(reference, reference) == 0
+
+
+@pytest.mark.slow
+def test_a_short_soak() -> None:
+    torch._dynamo.reset()
+    model = random_llama(Size(64, 160, 2, 4, 2, 100), "cpu", torch.float32)
+    found = soak.soak(model, 25, torch.float32, most=64)
+    assert (found["wrong_tokens"], found["grew"]) == (0, False)
+    assert found["largest_error"] < 1e-4
+    assert found["compared"] > 0
+    assert found["tokens"] > found["compared"]
+    assert found["graphs"] <= 4  # Dynamo keeps sizes of 1 apart, in both dimensions
+
+
+@pytest.mark.slow
+def test_a_broken_model_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    model = random_llama(Size(64, 160, 1, 4, 2, 100), "cpu", torch.float32)
+
+    def broken(module: torch.nn.Module, **options: object) -> object:
+        def run(ids: Tensor, **more: object) -> object:
+            out = module(ids, **more)
+            out.logits = out.logits.flip(-1)
+            return out
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", broken)
+    found = soak.soak(model, 11, torch.float32, most=64)
+    assert found["largest_error"] > 0.5
+    assert found["wrong_tokens"] > 0.5 * found["compared"]
