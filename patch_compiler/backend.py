@@ -84,6 +84,9 @@ def patch_backend(
         log.warning("patch: a pass failed, this graph is compiled without it", exc_info=True)
         copy_moved(graph_module, original)
         graph_module, linears = original, []
+    if any(linear.runs == "packed" and linear.layout == "rows" for linear in linears):
+        # our kernels on Hopper start before the kernel before has ended, if it lets them: Inductor's own can
+        patches = {"triton.enable_pdl": True} | patches
     _record(linears, graph_module, example_inputs)
     watched = _watched(linears, graph_module)  # before compile_fx, which owns the graph from then on
     inputs = inputs_as_traced(graph_module, example_inputs)

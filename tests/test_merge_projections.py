@@ -353,3 +353,20 @@ def test_gradients_reach_the_input(graphs: list) -> None:
         reference = inputs.detach().double().requires_grad_()
         dense(block)(reference).sum().backward()
     assert relative_error(inputs.grad, reference.grad) < 2e-2
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"), [({}, True), ({"triton.enable_pdl": False}, False), ({"kernel": "dense"}, None)]
+)
+def test_inductors_kernels_let_ours_start_early(options: dict, wanted: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[dict] = []
+
+    def compile_fx(graph_module: fx.GraphModule, inputs: list, config_patches: dict) -> Callable:
+        found.append(config_patches)
+        return aot_eager(graph_module, inputs)
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    layer = nn.Sequential(nn.Linear(256, 256, dtype=torch.bfloat16))
+    apply_masks(layer, {"0": random_hard_mask((256, 256), 128)})
+    torch.compile(layer, backend="patch", options=options)(torch.randn(3, 256, dtype=torch.bfloat16))
+    assert [patches.get("triton.enable_pdl") for patches in found] == [wanted]

@@ -145,6 +145,9 @@ def _consume(
     token = gl.arange(0, TOKENS, gl.SliceLayout(0, acc_layout))
     if EARLY_START:
         gdc_wait()  # Y and the partial sums may still be in use by the kernel before
+        # Not before the wait: who starts early after this kernel may read what kernels before it wrote, and waits for this one
+        # only if it reads what this one writes. Inductor's kernels keep the same order.
+        gdc_launch_dependents()
     slot = 0
     phase = 0
     for _ in range(n_segments):
@@ -227,8 +230,6 @@ def hopper_decode(
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(empty.index(i), count=1)
-    if EARLY_START:
-        gdc_launch_dependents()
     gl.warp_specialize(
         [
             (

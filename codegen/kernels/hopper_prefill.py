@@ -248,6 +248,7 @@ def _compute(
     mine = 2 + PANEL * (ring if PANEL_CTAS == 1 else rank)
     if EARLY_START:
         gdc_wait()  # Y and the sums of parts may still be in use by the kernel before
+        gdc_launch_dependents()  # behind the wait: see hopper_decode.py
     x_slot = 0
     x_phase = 0
     w_slot = 0
@@ -355,8 +356,6 @@ def hopper_prefill(
     for i in gl.static_range(PANELS * W_STAGES):
         mbarrier.init(ready_w.index(i), count=1)
         mbarrier.init(empty_w.index(i), count=2 * TOKEN_CTAS // PANELS)
-    if EARLY_START:
-        gdc_launch_dependents()
     gl.warp_specialize(
         [
             (_compute, (y_desc, bias_ptr, partials_ptr, counters_ptr, headers, items, n_items, out_features, values,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch._inductor import list_mode_options
 
 from patch_compiler.hard_mask import HardMask
 from patch_compiler.linears import apply_masks, mask_of, named_linears, weight_of
@@ -21,7 +22,7 @@ from .decoder import Function
 from .published_maps import published_maps
 from .random_llama import SIZES, random_llama
 
-DENSE = ("eager", "inductor", "max-autotune")
+DENSE = ("eager", "inductor", "inductor-pdl", "max-autotune")
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,10 +85,15 @@ def _pruned(model: nn.Module, sparsity: float) -> nn.Module:
 
 
 def _dense(name: str, model: nn.Module) -> Variant:
+    whole: dict[str, Any] = {"fullgraph": True, "dynamic": False}
     compile_: dict[str, Callable[[Function], Function] | None] = {
         "eager": None,
-        "inductor": partial(torch.compile, mode="reduce-overhead", fullgraph=True, dynamic=False),
-        "max-autotune": partial(torch.compile, mode="max-autotune", fullgraph=True, dynamic=False),
+        "inductor": partial(torch.compile, mode="reduce-overhead", **whole),
+        # as `patch` compiles what is not a packed layer
+        "inductor-pdl": partial(
+            torch.compile, options=list_mode_options("reduce-overhead") | {"triton.enable_pdl": True}, **whole
+        ),
+        "max-autotune": partial(torch.compile, mode="max-autotune", **whole),
     }
     return Variant(f"dense, {name}", 0.0, model, compile_[name], weight_bytes(model))
 
