@@ -51,11 +51,12 @@ def wrong_tokens(logits: Tensor, reference: Tensor, dense: Tensor) -> int:
     """Of logits [batch, length, vocabulary]: choices that the float32 reference likes less than its own by more than rounding.
 
     What rounding may do is read from dense, the masked dense model's logits in the dtype of logits: two of its largest error,
-    and a little for another order of sums.
+    and a little for another order of sums. NaN is wrong wherever it stands.
     """
     chosen = reference.gather(-1, logits.argmax(-1, keepdim=True))[..., 0]
     allowed = 2 * (dense.float() - reference).abs().max() + 1e-4
-    return int((reference.max(-1).values - chosen > allowed).sum())
+    right = (reference.max(-1).values - chosen <= allowed) & ~logits.isnan().any(-1)
+    return int((~right).sum())
 
 
 def largest_error(logits: Tensor, reference: Tensor) -> float:
