@@ -284,3 +284,17 @@ def test_a_missing_tied_weight_is_named(tmp_path: Path) -> None:
     change_tensors(lambda t: t.pop("model.embed_tokens.weight"))(tmp_path / "out")
     with pytest.raises(ArtifactError, match=r"is missing \(2 in all\)"):
         load_compressed(tmp_path / "out")
+
+
+def test_what_is_not_the_files_fault_is_not_blamed_on_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = converted("llama")
+    save_compressed(model, tmp_path / "out")
+    with pytest.raises(RuntimeError, match="device string: cdua"):
+        load_compressed(tmp_path / "out", device="cdua")
+
+    def no_memory(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_compressed(tmp_path / "out")
