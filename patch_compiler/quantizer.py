@@ -119,6 +119,7 @@ class PatchHfQuantizer(HfQuantizer):
                 _check_fit(model, layers, shards)
         for name, layer in layers.items():
             swap_in_empty(model, name, layer.tile_map, dtype)
+            model.all_tied_weights_keys.pop(f"{name}.weight", None)  # a packed lm_head is tied to nothing any more
         unread = "|".join(re.escape(name) for name in layers)
         ignored = model._keys_to_ignore_on_load_unexpected
         ignored = [] if ignored is None else ignored  # a list or a set, and transformers adds its own of the same type
@@ -131,7 +132,15 @@ class PatchHfQuantizer(HfQuantizer):
         elif masks is not None:
             file = load_masks(masks)
             self._masks, self.quantization_config = file.masks, PatchConfig(masks, provenance=file.provenance)
+        if not self._masks:
+            raise ValueError("PatchConfig(masks=...) holds no mask: without masks, load the checkpoint without it")
         get_linears(model, self._masks)
+        for name in self._masks:
+            if source := model.all_tied_weights_keys.get(f"{name}.weight"):
+                raise ValueError(
+                    f"mask for {name!r}: its weight is tied to {source!r} and not loaded by itself; load the model without "
+                    "this mask, or dense and then patch_compiler.convert(model, masks)"
+                )
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         self._masks, self.quantization_config = {}, PatchConfig(**self.quantization_config.description)  # without masks
