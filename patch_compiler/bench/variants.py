@@ -43,6 +43,17 @@ def load(source: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
     return model.eval()
 
 
+def parameter_count(source: str) -> int:
+    """Of the dense model that `source` names, from its config alone: no weights are read or made."""
+    if source in SIZES:
+        model = random_llama(SIZES[source], "meta")
+    else:
+        config = transformers.AutoConfig.from_pretrained(source)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+    return sum(p.numel() for p in model.parameters())
+
+
 def variants(model: nn.Module, sparsities: Sequence[float], dense: Sequence[str]) -> list[Variant]:
     """Of a packed model: itself and, unpacked, the dense ones. Of a dense one: packed copies with published maps' allocation,
     each 2:4 tile keeping its largest weights. Dense variants share one copy of the weights."""
@@ -59,19 +70,23 @@ def variants(model: nn.Module, sparsities: Sequence[float], dense: Sequence[str]
 def unpack(model: nn.Module) -> nn.Module:
     """A copy with dense weights, zeros in place; everything else is shared."""
     shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, PatchLinear)}
+    layers = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, PatchLinear)}
     for module in layers.values():
         for held in module.buffers(recurse=False):
             shared[id(held)] = held.new_empty(0)  # not worth a copy: replaced below
     dense = copy.deepcopy(model, shared)
+    linears = {module: _linear(module) for module in layers.values()}  # a layer shared under two names stays shared
     for name, module in layers.items():
-        out_features, in_features = module.tile_map.shape
-        linear = nn.Linear(in_features, out_features, bias=module.bias is not None, device="meta")
-        linear.weight = nn.Parameter(module.dense_weight(), requires_grad=False)
-        if module.bias is not None:
-            linear.bias = nn.Parameter(module.bias, requires_grad=False)
-        dense.set_submodule(name, linear)
+        dense.set_submodule(name, linears[module])
     return dense
+
+
+def _linear(module: PatchLinear) -> nn.Linear:
+    linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+    linear.weight = nn.Parameter(module.dense_weight(), requires_grad=False)
+    if module.bias is not None:
+        linear.bias = nn.Parameter(module.bias, requires_grad=False)
+    return linear.train(module.training)
 
 
 def _pruned(model: nn.Module, sparsity: float) -> nn.Module:
