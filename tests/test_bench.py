@@ -218,6 +218,15 @@ def test_the_command(named: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "Tokens a second" in html.read_text()
 
 
+def test_the_command_says_whose_masks_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_compressed(convert(masked(tiny())), tmp_path / "packed")
+    arguments = ["--batch=1", "--prompt=2", "--new=1", "--long-prompt=0", "--rounds=1", "--dense=eager"]
+    assert command.main([str(tmp_path / "packed"), *arguments]) == 0
+    text = capsys.readouterr().out
+    assert "Weights of the model. Dense variants are unpacked from it." in text
+    assert "published" not in text
+
+
 def test_the_page_escapes() -> None:
     row = Runs(variants(tiny(), [], ["eager"])[0], 1.0, None, [0.1], [0.2]).record(Workload(1, 2, 3))
     record = {

@@ -39,6 +39,12 @@ def test_wrong_tokens_are_those_that_rounding_does_not_explain() -> None:
     assert soak.largest_error(reference, reference) == 0
 
 
+def test_no_request_is_no_soak(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        soak.main(["--requests", "0"])
+    assert "--requests 0: must be 1 or more" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_short_soak() -> None:
     torch._dynamo.reset()

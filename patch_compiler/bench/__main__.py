@@ -19,7 +19,7 @@ from patch_compiler.text_table import human_bytes, table
 from .page import page
 from .random_llama import SIZES
 from .rounds import Workload, measure
-from .variants import DENSE, load, parameter_count, variants
+from .variants import DENSE, is_packed, load, parameter_count, variants
 
 COLUMNS = (
     "variant",
@@ -71,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if device.type == "cpu" and parameter_count(args.model) > LARGEST_ON_CPU:
             print("error: there is no GPU here; without one only models below 0.5 billion parameters are run", file=sys.stderr)
             return 2
-        made = variants(load(args.model, device, dtype), args.sparsity, args.dense)
+        model = load(args.model, device, dtype)
+        made = variants(model, args.sparsity, args.dense)
         if not made:
             raise ValueError("--sparsity and --dense name nothing to measure")
         work = Workload(args.batch, args.prompt, args.new, args.long_prompt)
@@ -80,7 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     note = "Weights random." if args.model in SIZES else "Weights of the model."
-    note += " Packed copies of a dense model: tile maps with the published allocation, the largest weights kept; not learned."
+    if is_packed(model):
+        note += " Dense variants are unpacked from it."
+    else:
+        note += " Packed copies: tile maps with the published allocation, the largest weights kept; not learned."
     if device.type == "cpu":
         note += " On the CPU: it shows that it runs, packed layers are no faster there."
     record: dict[str, Any] = {

@@ -38,8 +38,8 @@ class Runs:
     to_first_of_long: list[float] = field(default_factory=list)
 
     def record(self, work: Workload) -> dict[str, Any]:
-        """JSON: medians. GB/s: of the weights and the cache's filled part, which each step reads; None where the weights
-        are not what takes time (one new token)."""
+        """JSON: medians. weights_gb_s: all weights over the time of a step, which reads few rows of an embedding and, not
+        counted, the cache; None where there is no step (one new token)."""
         first_token, decoding = statistics.median(self.to_first_token), statistics.median(self.decoding)
         steps = work.new - 1
         return {

@@ -13,12 +13,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from patch_compiler.hard_mask import HardMask
-from patch_compiler.linears import apply_masks, mask_of, named_linears, weight_of
 from patch_compiler.module import PatchLinear, convert
 
 from .decoder import Function
-from .published_maps import published_maps
+from .published_maps import published_masks
 from .random_llama import SIZES, random_llama
 
 DENSE = ("eager", "inductor", "max-autotune")
@@ -57,14 +55,17 @@ def parameter_count(source: str) -> int:
 def variants(model: nn.Module, sparsities: Sequence[float], dense: Sequence[str]) -> list[Variant]:
     """Of a packed model: itself and, unpacked, the dense ones. Of a dense one: packed copies with published maps' allocation,
     each 2:4 tile keeping its largest weights. Dense variants share one copy of the weights."""
-    packed = any(isinstance(m, PatchLinear) for m in model.modules())
     found = []
-    if packed:
+    if is_packed(model):
         unpacked = unpack(model)
         found += [_dense(name, unpacked) for name in dense]
         return [*found, _packed(model)]
     found += [_dense(name, model) for name in dense]
     return found + [_packed(_pruned(model, sparsity)) for sparsity in sparsities]
+
+
+def is_packed(model: nn.Module) -> bool:
+    return any(isinstance(m, PatchLinear) for m in model.modules())
 
 
 def unpack(model: nn.Module) -> nn.Module:
@@ -91,11 +92,7 @@ def _linear(module: PatchLinear) -> nn.Linear:
 
 def _pruned(model: nn.Module, sparsity: float) -> nn.Module:
     pruned = copy.deepcopy(model)
-    linears = {name: m for name, m in named_linears(pruned).items() if name != "lm_head"}
-    maps = published_maps({name: tuple(weight_of(m).shape) for name, m in linears.items()}, sparsity)  # type: ignore[misc]
-    masks = {name: HardMask.select(maps[name], weight_of(module).abs()) for name, module in linears.items()}
-    apply_masks(pruned, masks)
-    return convert(pruned)
+    return convert(pruned, published_masks(pruned, sparsity))
 
 
 def _dense(name: str, model: nn.Module) -> Variant:
@@ -110,7 +107,6 @@ def _dense(name: str, model: nn.Module) -> Variant:
 def _packed(model: nn.Module) -> Variant:
     gc.collect()
     maps = [m.tile_map for m in model.modules() if isinstance(m, PatchLinear)]
-    maps += [mask.tile_map for m in model.modules() if isinstance(m, nn.Linear) and (mask := mask_of(m)) is not None]
     sparsity = sum(m.zeros for m in maps) / sum(m.weights for m in maps)
     compile_ = partial(torch.compile, backend="patch", mode="reduce-overhead", fullgraph=True, dynamic=False)
     return Variant(f"patch {100 * sparsity:.0f} %", sparsity, model, compile_, weight_bytes(model))
