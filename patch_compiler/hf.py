@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from .artifact import ArtifactError, save_masks
 from .atomic import atomic_directory
 from .checkpoint_file import METHOD
+from .container import json_text
 from .linears import is_conv1d
 from .module import PatchLinear
 from .quantizer import attach
@@ -73,6 +74,7 @@ def save_compressed(
     _check_rebuildable(model, _empty_model(_plain_config(model)))
     attach(model)
     if provenance is not None:
+        json_text(dict(provenance))  # before the model holds it
         model.config.quantization_config.provenance = dict(provenance)
     with atomic_directory(directory) as partial:
         model.save_pretrained(partial, max_shard_size=max_shard_size)

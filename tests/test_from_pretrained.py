@@ -292,6 +292,15 @@ def test_save_compressed_adds_the_masks_and_keeps_the_provenance(tmp_path: Path)
     assert json.loads((tmp_path / "b" / "config.json").read_text())["quantization_config"]["provenance"] == {"method": "test"}
 
 
+def test_a_provenance_that_cannot_be_saved_is_not_kept(tmp_path: Path) -> None:
+    model = packed_model("llama")
+    with pytest.raises(ValueError, match="provenance must be plain JSON"):
+        save_compressed(model, tmp_path / "a", provenance={"method": object()})
+    assert not list(tmp_path.iterdir())
+    model.save_pretrained(tmp_path / "b")
+    assert load(tmp_path / "b").config.quantization_config.provenance == {}
+
+
 def test_layers_keep_their_paths_where_transformers_renames(tmp_path: Path) -> None:
     """A multimodal model's files have other names than its modules."""
     text = FAMILIES["gemma3"]().to_dict()
