@@ -122,7 +122,11 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=_count, default=5, help="times that each variant is timed (%(default)s)")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="the numbers, as JSON")
     parser.add_argument("--page", type=Path, metavar="FILE", help="the numbers, as an HTML page")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for path in (args.output, args.page):
+        if path is not None and path.is_dir():  # before anything is measured
+            parser.error(f"{path}: is a directory, a file is to be written there")
+    return args
 
 
 def _shares(text: str) -> tuple[float, ...]:
