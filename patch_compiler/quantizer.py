@@ -26,9 +26,8 @@ from .checkpoint_file import METHOD, PARTS, PackedLayer, Shards, check_layers, d
 from .hard_mask import HardMask
 from .linears import get_linears, is_conv1d, weight_of
 from .mask_file import load_masks
-from .module import PatchLinear
+from .module import PatchLinear, swap_in_empty
 from .packed import packed_bytes
-from .tile_map import TileMap
 
 if TYPE_CHECKING:  # transformers may be half way through its own import when this module is loaded
     from transformers import PreTrainedModel
@@ -201,17 +200,6 @@ def _canonical_state(model: nn.Module, layers: Mapping[str, PatchLinear]) -> dic
     finally:
         for handle in handles:
             handle.remove()
-
-
-def swap_in_empty(model: nn.Module, name: str, tile_map: TileMap, dtype: torch.dtype | None) -> PatchLinear:
-    """Put a packed layer without memory in place of the model's dense one, for a loader to fill. dtype: default the dense's."""
-    dense: Any = model.get_submodule(name)
-    layer = PatchLinear.empty(
-        tile_map.shape, tile_map.tile, tile_map.kinds, dtype or dense.weight.dtype, bias=dense.bias is not None, device="meta"
-    )
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, layer)
-    return layer
 
 
 def _check_fit(model: PreTrainedModel, layers: Mapping[str, PackedLayer], shards: Shards) -> None:

@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from patch_compiler.artifact import ArtifactError, load_masks
+from patch_compiler.conversion import convert
 from patch_compiler.hard_mask import HardMask
 from patch_compiler.hf import MASK_FILE, OLD_CHECKPOINT_FILE, export_dense, load_compressed, save_compressed
 from patch_compiler.linears import apply_masks, named_linears, weight_of
-from patch_compiler.module import PatchLinear, convert
+from patch_compiler.module import PatchLinear
 from patch_compiler.tile_map import TileMap
 
 from .models import FAMILIES, tiny_model

@@ -13,7 +13,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from patch_compiler.module import PatchLinear, convert
+from patch_compiler.conversion import convert
+from patch_compiler.module import PatchLinear
 
 from .decoder import Function
 from .published_maps import published_masks
