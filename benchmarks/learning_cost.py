@@ -55,7 +55,7 @@ def eager_masked_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, gates: Tensor | None, pattern: Tensor, *, tile: tuple[int, int],
     relaxation: Relaxation, key: NoiseKey, layer: int, norm_pull: float,
 ) -> Tensor:  # fmt: skip
-    """`learning.gumbel.masked_linear` without a line of ours: torch's random numbers, autograd's backward pass."""
+    """`learning.soft_masks.gumbel.masked_linear` without a line of ours: torch's random numbers, autograd's backward pass."""
     k = weight.shape[1]
     if pattern.dtype == torch.uint8:
         kept = expand_codes(pattern, k).to(weight.dtype)

@@ -15,11 +15,12 @@ from ._versions import check_versions
 if TYPE_CHECKING:
     from .artifact import ArtifactError, load_masks, save_masks
     from .backend import refresh
+    from .conversion import convert
     from .explanation import Explanation, Site, explain
     from .hard_mask import HardMask
     from .hf import export_dense, load_compressed, save_compressed
     from .linears import apply_masks, named_linears
-    from .module import PatchLinear, convert
+    from .module import PatchLinear
     from .packed import PackedWeight, pack, unpack
     from .quantizer import PatchConfig
     from .tile_map import TileKind, TileMap
@@ -55,7 +56,8 @@ _HOME = {
     "hard_mask": ("HardMask",),
     "hf": ("export_dense", "load_compressed", "save_compressed"),
     "linears": ("apply_masks", "named_linears"),
-    "module": ("PatchLinear", "convert"),
+    "conversion": ("convert",),
+    "module": ("PatchLinear",),
     "packed": ("PackedWeight", "pack", "unpack"),
     "quantizer": ("PatchConfig",),
     "tile_map": ("TileKind", "TileMap"),

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from .artifact import ArtifactError, save_masks
 from .atomic import atomic_directory
 from .checkpoint_file import METHOD
+from .container import json_text
 from .linears import is_conv1d
 from .module import PatchLinear
 from .quantizer import attach
@@ -73,6 +74,7 @@ def save_compressed(
     _check_rebuildable(model, _empty_model(_plain_config(model)))
     attach(model)
     if provenance is not None:
+        json_text(dict(provenance))  # before the model holds it
         model.config.quantization_config.provenance = dict(provenance)
     with atomic_directory(directory) as partial:
         model.save_pretrained(partial, max_shard_size=max_shard_size)
@@ -89,20 +91,22 @@ def load_compressed(
     """The model of a compressed directory, in eval mode: `AutoModelForCausalLM.from_pretrained`, which also takes hub ids,
     and afterwards nothing of the model may have been missing or left over in the files. dtype: default the stored one.
 
-    Raises ArtifactError for a damaged checkpoint and when checkpoint and config do not belong together.
+    Raises ArtifactError for a damaged checkpoint and when checkpoint and config do not belong together; what torch raises
+    without enough memory or for a device that it does not know.
     """
     directory = Path(directory).expanduser()
     check_directory(directory)
+    place = torch.device(device)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=dtype,
-            device_map=None if torch.device(device).type == "cpu" else {"": device},
+            device_map=None if place.type == "cpu" else {"": device},
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except ArtifactError:
+    except (ArtifactError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a damaged config or index fails anywhere
         raise ArtifactError(f"{directory / 'config.json'}: its model cannot be loaded: {error}") from error

@@ -14,6 +14,8 @@ from torch import nn
 
 from .module import PatchLinear
 
+FROM_DENSE = ("pissa", "olora", "loftq", "corda", "lora_ga")  # also "pissa_niter_16"
+
 
 class PatchLora(LoraLinear):
     """y = packed(x) + scaling · B A x. Plain LoRA: what needs the dense weight (DoRA, merging) is refused."""
@@ -39,7 +41,14 @@ def lora_on_packed(config: LoraConfig) -> LoraConfig:
 
         PeftModel.from_pretrained(model, directory, config=lora_on_packed(LoraConfig.from_pretrained(directory)))
 
-    target_modules must name the layers: PEFT's "all-linear" finds dense ones only.
+    target_modules must name the layers: PEFT's "all-linear" finds dense ones only. Raises ValueError for an
+    init_lora_weights that starts from the dense weight.
     """
+    start = config.init_lora_weights
+    if isinstance(start, str) and start.lower().startswith(FROM_DENSE):
+        raise ValueError(
+            f"init_lora_weights={start!r} starts from the dense weight, which a packed layer does not have: use True, "
+            "'gaussian' or 'orthogonal'"
+        )
     config._register_custom_module({PatchLinear: PatchLora})
     return config

@@ -14,8 +14,8 @@ from transformers.core_model_loading import ConversionOps
 
 from .hard_mask import HardMask
 from .linears import is_conv1d
+from .module import swap_in_empty
 from .packed import pack
-from .quantizer import swap_in_empty
 
 
 class PackOnLoad(ConversionOps):

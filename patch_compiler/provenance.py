@@ -16,6 +16,7 @@ import torch
 
 from .atomic import atomic_file
 
+OUTPUTS = ("-o", "--output", "--page")  # options that name a file to write
 PACKAGES = ("torch", "triton", "transformers", "safetensors")
 
 
@@ -24,10 +25,9 @@ def provenance(program: str, arguments: Sequence[str]) -> dict[str, str]:
 
     Where the output went is left out.
     """
-    arguments = [a for i, a in enumerate(arguments) if a != "--output" and (i == 0 or arguments[i - 1] != "--output")]
     facts = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": " ".join(["python", "-m", program, *arguments]),
+        "command": " ".join(["python", "-m", program, *_without_outputs(arguments)]),
         "commit": _commit(),
         "device": device_name(),
         "python": platform.python_version(),
@@ -40,6 +40,16 @@ def write_results(path: Path, facts: Mapping[str, str], record: Mapping[str, obj
     with atomic_file(path) as unfinished:
         text = json.dumps({"provenance": dict(facts), **record}, indent=1, ensure_ascii=False)
         unfinished.write_text(text + "\n", encoding="utf-8")
+
+
+def _without_outputs(arguments: Sequence[str]) -> list[str]:
+    kept, left = [], iter(arguments)
+    for argument in left:
+        if argument in OUTPUTS:
+            next(left, None)
+        elif argument.partition("=")[0] not in OUTPUTS:
+            kept.append(argument)
+    return kept
 
 
 def device_name() -> str:

@@ -26,9 +26,8 @@ from .checkpoint_file import METHOD, PARTS, PackedLayer, Shards, check_layers, d
 from .hard_mask import HardMask
 from .linears import get_linears, is_conv1d, weight_of
 from .mask_file import load_masks
-from .module import PatchLinear
+from .module import PatchLinear, swap_in_empty
 from .packed import packed_bytes
-from .tile_map import TileMap
 
 if TYPE_CHECKING:  # transformers may be half way through its own import when this module is loaded
     from transformers import PreTrainedModel
@@ -119,6 +118,7 @@ class PatchHfQuantizer(HfQuantizer):
                 _check_fit(model, layers, shards)
         for name, layer in layers.items():
             swap_in_empty(model, name, layer.tile_map, dtype)
+            model.all_tied_weights_keys.pop(f"{name}.weight", None)  # a packed lm_head is tied to nothing any more
         unread = "|".join(re.escape(name) for name in layers)
         ignored = model._keys_to_ignore_on_load_unexpected
         ignored = [] if ignored is None else ignored  # a list or a set, and transformers adds its own of the same type
@@ -131,7 +131,15 @@ class PatchHfQuantizer(HfQuantizer):
         elif masks is not None:
             file = load_masks(masks)
             self._masks, self.quantization_config = file.masks, PatchConfig(masks, provenance=file.provenance)
+        if not self._masks:
+            raise ValueError("PatchConfig(masks=...) holds no mask: without masks, load the checkpoint without it")
         get_linears(model, self._masks)
+        for name in self._masks:
+            if source := model.all_tied_weights_keys.get(f"{name}.weight"):
+                raise ValueError(
+                    f"mask for {name!r}: its weight is tied to {source!r} and not loaded by itself; load the model without "
+                    "this mask, or dense and then patch_compiler.convert(model, masks)"
+                )
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         self._masks, self.quantization_config = {}, PatchConfig(**self.quantization_config.description)  # without masks
@@ -192,17 +200,6 @@ def _canonical_state(model: nn.Module, layers: Mapping[str, PatchLinear]) -> dic
     finally:
         for handle in handles:
             handle.remove()
-
-
-def swap_in_empty(model: nn.Module, name: str, tile_map: TileMap, dtype: torch.dtype | None) -> PatchLinear:
-    """Put a packed layer without memory in place of the model's dense one, for a loader to fill. dtype: default the dense's."""
-    dense: Any = model.get_submodule(name)
-    layer = PatchLinear.empty(
-        tile_map.shape, tile_map.tile, tile_map.kinds, dtype or dense.weight.dtype, bias=dense.bias is not None, device="meta"
-    )
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, layer)
-    return layer
 
 
 def _check_fit(model: PreTrainedModel, layers: Mapping[str, PackedLayer], shards: Shards) -> None:

@@ -20,6 +20,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from .module import PatchLinear
+from .tile_map import GROUP
 
 
 class PatchColwise(ColwiseParallel):
@@ -68,24 +69,55 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """Give each rank of a one-dimensional mesh its part of a transformers model's linear layers, in place. Returns the model.
 
     The plan is the model's own (`tp_plan`); what it has besides linear layers stays whole on every rank. All ranks hold the
-    same model before. Raises ValueError if the model has no plan, and for a layer that cannot be divided, by name; what
-    comes before it in the plan is divided by then.
+    same model before. Raises ValueError, before anything is changed, if the model has no plan or is divided already, and
+    for heads or a layer, by name, that cannot be divided.
     """
     plan = getattr(model, "tp_plan", None)
     if not plan:
         raise ValueError(f"{type(model).__name__} has no tensor-parallel plan: use parallelize_module with PatchColwise")
+    if hasattr(model, _MARK):
+        raise ValueError(f"this {type(model).__name__} is divided among {getattr(model, _MARK)} ranks already")
     known = {path: STYLES[style] for path, style in plan.items() if style in STYLES}
     patterns = {re.compile(re.escape(path).replace(r"\*", r"\d+")): make for path, make in known.items()}
-    for name, module in list(model.named_modules()):
+    work: list[tuple[nn.Linear | PatchLinear, ParallelStyle]] = []
+    _check_heads(model, mesh)
+    for name, module in model.named_modules():
         style = next((make for pattern, make in patterns.items() if pattern.fullmatch(name)), None)
-        if style is None or not isinstance(module, nn.Linear | PatchLinear):
-            continue
-        made: ParallelStyle = style()
-        try:
-            parallelize_module(module, mesh, made)
-        except ValueError as error:
-            raise ValueError(f"{name!r}: {error}") from error
+        if style is not None and isinstance(module, nn.Linear | PatchLinear):
+            made: ParallelStyle = style()
+            _check_layer(name, module, made, mesh)
+            work.append((module, made))
+    for module, made in work:
+        parallelize_module(module, mesh, made)
+    setattr(model, _MARK, mesh.size())
     return model
+
+
+_MARK = "_patch_tensor_parallel"
+
+
+def _check_heads(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Heads stay whole: a rank with half of one would only notice inside attention."""
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        return
+    config = config.get_text_config()
+    for what in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(config, what, None)
+        if heads is not None and heads % mesh.size():
+            raise ValueError(f"{heads} {what} cannot be divided among {mesh.size()} ranks")
+
+
+def _check_layer(name: str, module: nn.Linear | PatchLinear, style: ParallelStyle, mesh: DeviceMesh) -> None:
+    by_inputs = isinstance(style, PatchRowwise)
+    try:
+        first, last = _own(
+            module.in_features if by_inputs else module.out_features, mesh, "inputs" if by_inputs else "output features"
+        )
+    except ValueError as error:
+        raise ValueError(f"{name!r}: {error}") from error
+    if by_inputs and isinstance(module, PatchLinear) and (last - first) % GROUP:
+        raise ValueError(f"{name!r}: {last - first} inputs a rank would cut through groups of {GROUP} that share a 2:4 pattern")
 
 
 def _own(size: int, mesh: DeviceMesh, what: str) -> tuple[int, int]:

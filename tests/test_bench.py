@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,12 +19,12 @@ from torch import nn
 from patch_compiler import HardMask, PatchLinear, apply_masks, convert, named_linears, save_compressed
 from patch_compiler.bench import __main__ as command
 from patch_compiler.bench import random_llama as sizes
-from patch_compiler.bench.decoder import GreedyDecoder
+from patch_compiler.bench.decoder import Function, GreedyDecoder
 from patch_compiler.bench.page import page
 from patch_compiler.bench.published_maps import published_maps
 from patch_compiler.bench.random_llama import Size, random_llama
 from patch_compiler.bench.rounds import Runs, Workload, measure
-from patch_compiler.bench.variants import load, unpack, variants, weight_bytes
+from patch_compiler.bench.variants import Variant, load, parameter_count, unpack, variants, weight_bytes
 
 from .strategies import random_hard_mask, relative_error
 
@@ -105,6 +107,17 @@ def test_unpacked_is_the_masked_model_and_shares_the_rest() -> None:
     assert any(isinstance(m, PatchLinear) for m in model.modules())
 
 
+def test_a_shared_layer_is_unpacked_wherever_it_stands() -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU())
+    model.append(model[0])
+    wanted = copy.deepcopy(model)
+    mask = random_hard_mask((32, 32), 16)
+    apply_masks(wanted, {"0": mask})
+    dense, x = unpack(convert(model, {"0": mask})), torch.randn(3, 32)
+    assert dense[0] is dense[2]
+    assert torch.equal(dense(x), wanted(x))
+
+
 def test_what_is_compared() -> None:
     made = variants(tiny(), [0.25, 0.5], ["eager", "inductor"])
     assert [v.name for v in made[:2]] == ["dense, eager", "dense, inductor"]
@@ -157,6 +170,25 @@ def test_rounds_time_everybody() -> None:
     assert found[0].record(Workload(2, 5, 1))["step_ms"] is None
 
 
+def test_variants_of_one_name_are_timed_apart() -> None:
+    calls = []
+
+    def spy(which: int) -> Callable[[Function], Function]:
+        def compile_(step: Function) -> Function:
+            def run(ids: torch.Tensor) -> torch.Tensor:
+                calls.append(which)
+                return step(ids)
+
+            return run
+
+        return compile_
+
+    model = tiny()
+    work = Workload(1, 3, 2, 4)
+    measure([Variant("patch 30 %", 0.3, model, spy(i), 1) for i in range(2)], work, 2)
+    assert calls.count(0) == calls.count(1)
+
+
 def test_the_record_adds_up() -> None:
     variant = variants(tiny(), [], ["eager"])[0]
     runs = Runs(variant, 1.5, 10**9, [0.1, 0.3, 0.2], [1.0, 0.8, 0.9])
@@ -182,9 +214,18 @@ def test_the_command(named: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "patch 4" in text
     record = json.loads(out.read_text())
     assert record["rows"][0]["name"] == "dense, eager"
-    assert record["provenance"]["command"].startswith("python -m patch_compiler.bench tiny")
+    assert record["provenance"]["command"] == " ".join(["python -m patch_compiler.bench tiny", *arguments])
     assert "First token of a long prompt" not in html.read_text()
     assert "Tokens a second" in html.read_text()
+
+
+def test_the_command_says_whose_masks_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_compressed(convert(masked(tiny())), tmp_path / "packed")
+    arguments = ["--batch=1", "--prompt=2", "--new=1", "--long-prompt=0", "--rounds=1", "--dense=eager"]
+    assert command.main([str(tmp_path / "packed"), *arguments]) == 0
+    text = capsys.readouterr().out
+    assert "Weights of the model. Dense variants are unpacked from it." in text
+    assert "published" not in text
 
 
 def test_the_page_escapes() -> None:
@@ -202,24 +243,41 @@ def test_the_page_escapes() -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["no/such/model/here"], "error"),
+        (["no/such/model/here"], "error: Repo id must be .*'no/such/model/here'"),
         (["tiny", "--sparsity", "0.7"], "0 to 0.5"),
         (["tiny", "--dense", "fast"], "none of eager"),
         (["tiny", "--batch", "0"], "1 or more"),
+        (["tiny", "--rounds", "two"], "'two': must be a whole number"),
+        (["tiny", "--long-prompt", "-3"], "'-3': must be 0 or more"),
+        (["tiny", "--sparsity", "half"], "'half': must be numbers"),
+        (["tiny", "--sparsity", "nan"], "0 to 0.5"),
+        (["tiny", "--sparsity=", "--dense="], "nothing to measure"),
+        (["tiny", "-o", "."], r"\.: is a directory"),
+        (["tiny", "--page", "."], r"\.: is a directory"),
     ],
 )
 def test_bad_requests(named: str, arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         sys.exit(command.main(arguments))
-    assert reason in capsys.readouterr().err
+    assert re.search(reason, capsys.readouterr().err)
 
 
 def test_a_large_model_needs_a_gpu(named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
     monkeypatch.setattr(command, "LARGEST_ON_CPU", 1000)
+    monkeypatch.setattr(command, "load", lambda *_: pytest.fail("its weights were made"))
     assert command.main([named]) == 2
     assert "there is no GPU here" in capsys.readouterr().err
+
+
+def test_parameters_are_counted_without_weights(named: str, tmp_path: Path) -> None:
+    model = tiny()
+    wanted = sum(p.numel() for p in model.parameters())
+    assert parameter_count(named) == wanted
+    save_compressed(convert(masked(model)), tmp_path / "packed")
+    assert parameter_count(str(tmp_path / "packed")) == wanted
+    assert parameter_count("llama-2-7b") == pytest.approx(6.74e9, rel=1e-3)
 
 
 def test_select_keeps_the_largest() -> None:

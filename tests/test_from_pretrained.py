@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from patch_compiler import ArtifactError, HardMask, PatchConfig, PatchLinear, TileKind, TileMap, convert, load_masks, save_masks
-from patch_compiler.hf import is_compressed, load_compressed, save_compressed
+from patch_compiler.hf import export_dense, is_compressed, load_compressed, save_compressed
 from patch_compiler.linears import named_linears, weight_of
 
 from .models import FAMILIES, tiny_model
@@ -158,11 +158,39 @@ def test_packing_a_dense_checkpoint_refuses(tmp_path: Path) -> None:
     for config, message in [
         (PatchConfig(), "the checkpoint is dense and PatchConfig names no masks"),
         (PatchConfig(masks=tmp_path / "gone"), "gone: no such file"),
+        (PatchConfig(masks={}), "holds no mask"),
         (PatchConfig(masks=masks | {"model.other": next(iter(masks.values()))}), "'model.other': no such module"),
         (PatchConfig(masks={next(iter(masks)): random_hard_mask((16, 16), 16)}), r"made for a weight of shape \(16, 16\)"),
     ]:
         with pytest.raises(ValueError, match=message):
             AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+
+
+def tied_model() -> Any:
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=48,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def test_a_tied_head_is_not_left_dense_in_silence(tmp_path: Path) -> None:
+    tied_model().save_pretrained(tmp_path)
+    config = PatchConfig(masks={"lm_head": random_hard_mask((48, 32), 16)})
+    with pytest.raises(ValueError, match=r"'lm_head': its weight is tied to 'model\.embed_tokens\.weight'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+
+
+def test_a_packed_head_that_was_tied(tmp_path: Path) -> None:
+    model: Any = convert(tied_model(), {"lm_head": random_hard_mask((48, 32), 16)})
+    wanted = logits(model)
+    for name in ("once", "twice"):
+        save_compressed(model, tmp_path / name)
+        model = load_compressed(tmp_path / name)
+        assert isinstance(model.lm_head, PatchLinear)
+        assert torch.equal(logits(model), wanted)
+    export_dense(model, tmp_path / "dense")
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")), wanted)
 
 
 def run(directory: Path, *lines: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -262,6 +290,15 @@ def test_save_compressed_adds_the_masks_and_keeps_the_provenance(tmp_path: Path)
         assert file.masks == masks
         assert file.provenance == {"method": "test"}
     assert json.loads((tmp_path / "b" / "config.json").read_text())["quantization_config"]["provenance"] == {"method": "test"}
+
+
+def test_a_provenance_that_cannot_be_saved_is_not_kept(tmp_path: Path) -> None:
+    model = packed_model("llama")
+    with pytest.raises(ValueError, match="provenance must be plain JSON"):
+        save_compressed(model, tmp_path / "a", provenance={"method": object()})
+    assert not list(tmp_path.iterdir())
+    model.save_pretrained(tmp_path / "b")
+    assert load(tmp_path / "b").config.quantization_config.provenance == {}
 
 
 def test_layers_keep_their_paths_where_transformers_renames(tmp_path: Path) -> None:

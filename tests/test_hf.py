@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from patch_compiler.artifact import ArtifactError, load_masks
+from patch_compiler.conversion import convert
 from patch_compiler.hard_mask import HardMask
 from patch_compiler.hf import MASK_FILE, OLD_CHECKPOINT_FILE, export_dense, load_compressed, save_compressed
 from patch_compiler.linears import apply_masks, named_linears, weight_of
-from patch_compiler.module import PatchLinear, convert
+from patch_compiler.module import PatchLinear
 from patch_compiler.tile_map import TileMap
 
 from .models import FAMILIES, tiny_model
@@ -283,4 +284,18 @@ def test_a_missing_tied_weight_is_named(tmp_path: Path) -> None:
     save_compressed(model, tmp_path / "out")
     change_tensors(lambda t: t.pop("model.embed_tokens.weight"))(tmp_path / "out")
     with pytest.raises(ArtifactError, match=r"is missing \(2 in all\)"):
+        load_compressed(tmp_path / "out")
+
+
+def test_what_is_not_the_files_fault_is_not_blamed_on_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = converted("llama")
+    save_compressed(model, tmp_path / "out")
+    with pytest.raises(RuntimeError, match="device string: cdua"):
+        load_compressed(tmp_path / "out", device="cdua")
+
+    def no_memory(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
         load_compressed(tmp_path / "out")

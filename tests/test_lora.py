@@ -111,3 +111,6 @@ def test_what_needs_the_dense_weight_is_refused(family: str, base: Path) -> None
         model.merge_and_unload()
     with pytest.raises(ValueError, match="use_dora"):
         peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config(family, use_dora=True))
+    for start in ("pissa", "pissa_niter_4", "OLoRA"):
+        with pytest.raises(ValueError, match=f"'{start}' starts from the dense weight"):
+            config(family, init_lora_weights=start)

@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, Llam
 
 from learning import models
 from learning.models import check_context, load_model, load_skeleton
+from patch_compiler.conversion import convert
 from patch_compiler.hf import is_compressed, save_compressed
 from patch_compiler.linears import apply_masks, named_linears, weight_of
-from patch_compiler.module import PatchLinear, convert
+from patch_compiler.module import PatchLinear
 
 from .strategies import random_hard_mask
 from .tiny import VOCABULARY, save_tiny, tiny_llama, tiny_tokenizer

@@ -32,7 +32,17 @@ def test_wrong_tokens_are_those_that_rounding_does_not_explain() -> None:
     assert soak.wrong_tokens(near, reference, reference) == 1
     assert soak.wrong_tokens(swapped, reference, dense) >= 2
     assert soak.largest_error(swapped, reference) > 0.3
+    nan = torch.tensor(float("nan"))
+    assert soak.wrong_tokens(torch.full_like(reference, nan), reference, dense) == 3
+    assert soak.wrong_tokens(reference.index_fill(1, torch.tensor([1]), nan), reference, dense) == 1
+    assert soak.wrong_tokens(swapped, reference, dense * nan) == 3  # nothing is known of rounding then
     assert soak.largest_error(reference, reference) == 0
+
+
+def test_no_request_is_no_soak(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        soak.main(["--requests", "0"])
+    assert "--requests 0: must be 1 or more" in capsys.readouterr().err
 
 
 @pytest.mark.slow

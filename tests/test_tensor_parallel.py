@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -135,7 +136,7 @@ def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
     dist.destroy_process_group()
 
 
-def test_what_cannot_be_divided_says_why(mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_divided_says_why(mesh: DeviceMesh) -> None:
     with pytest.raises(ValueError, match="Sequential has no tensor-parallel plan"):
         tensor_parallel(nn.Sequential(nn.Linear(8, 8)), mesh)
     layer = PatchLinear.empty((48, 64), (16, 16), TileMap.full((48, 64), TileKind.DENSE, 16).kinds, torch.float32)
@@ -143,13 +144,37 @@ def test_what_cannot_be_divided_says_why(mesh: DeviceMesh, monkeypatch: pytest.M
         PatchColwise(output_layouts=Shard(0))._apply(layer, mesh)
     with pytest.raises(ValueError, match=r"takes Shard\(-1\)"):
         PatchRowwise(input_layouts=Replicate())._apply(layer, mesh)
-    model = tiny_model("llama")
-    apply_masks(
-        model, {n: random_hard_mask(tuple(m.weight.shape), 16) for n, m in named_linears(model).items() if n != "lm_head"}
-    )
-    convert(model)
-    monkeypatch.setattr(type(mesh), "size", lambda self: 7)
-    with pytest.raises(
-        ValueError, match=r"'model\.layers\.0\.self_attn\.q_proj': \d+ output features cannot be divided among 7"
-    ):
+
+
+def packed_model(**sizes: int) -> nn.Module:
+    base = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 50}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(base | sizes))).eval()
+    masks = {n: random_hard_mask(tuple(m.weight.shape), 16) for n, m in named_linears(model).items() if n != "lm_head"}
+    apply_masks(model, masks)
+    return convert(model)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "sizes", "reason"),
+    [
+        (3, {}, "4 num_attention_heads cannot be divided among 3"),
+        (2, {"num_key_value_heads": 1}, "1 num_key_value_heads cannot be divided among 2"),
+        (4, {"intermediate_size": 154}, r"'model\.layers\.0\.mlp\.gate_proj': 154 output features cannot be divided among 4"),
+        (4, {"intermediate_size": 152}, r"'model\.layers\.0\.mlp\.down_proj': 38 inputs a rank would cut through groups of 4"),
+    ],
+)
+def test_a_model_that_cannot_be_divided_stays_whole(
+    mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch, ranks: int, sizes: dict[str, int], reason: str
+) -> None:
+    model, ids = packed_model(**sizes), torch.randint(50, (2, 5))
+    before = model(ids).logits
+    monkeypatch.setattr(type(mesh), "size", lambda self: ranks)
+    with pytest.raises(ValueError, match=reason):
+        tensor_parallel(model, mesh)
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_a_model_is_divided_once(mesh: DeviceMesh) -> None:
+    model = tensor_parallel(packed_model(), mesh)
+    with pytest.raises(ValueError, match="divided among 1 ranks already"):
         tensor_parallel(model, mesh)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from patch_compiler.atomic import atomic_directory
+from patch_compiler.conversion import convert
 from patch_compiler.hf import export_dense, is_compressed, save_compressed
-from patch_compiler.module import PatchLinear, convert
+from patch_compiler.module import PatchLinear
 from patch_compiler.text_table import human_bytes, table
 
 from ..models import PRUNING_RECORD, LoadedModel

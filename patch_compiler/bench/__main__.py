@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from patch_compiler.text_table import human_bytes, table
 from .page import page
 from .random_llama import SIZES
 from .rounds import Workload, measure
-from .variants import DENSE, load, variants
+from .variants import DENSE, is_packed, load, parameter_count, variants
 
 COLUMNS = (
     "variant",
@@ -67,18 +68,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
-        model = load(args.model, device, dtype)
-        if device.type == "cpu" and sum(p.numel() for p in model.parameters()) > LARGEST_ON_CPU:
+        if device.type == "cpu" and parameter_count(args.model) > LARGEST_ON_CPU:
             print("error: there is no GPU here; without one only models below 0.5 billion parameters are run", file=sys.stderr)
             return 2
+        model = load(args.model, device, dtype)
         made = variants(model, args.sparsity, args.dense)
+        if not made:
+            raise ValueError("--sparsity and --dense name nothing to measure")
         work = Workload(args.batch, args.prompt, args.new, args.long_prompt)
         found = measure(made, work, args.rounds, lambda line: print(line, file=sys.stderr, flush=True))
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     note = "Weights random." if args.model in SIZES else "Weights of the model."
-    note += " Packed copies of a dense model: tile maps with the published allocation, the largest weights kept; not learned."
+    if is_packed(model):
+        note += " Dense variants are unpacked from it."
+    else:
+        note += " Packed copies: tile maps with the published allocation, the largest weights kept; not learned."
     if device.type == "cpu":
         note += " On the CPU: it shows that it runs, packed layers are no faster there."
     record: dict[str, Any] = {
@@ -100,23 +106,34 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m patch_compiler.bench", description=(__doc__ or "").strip())
     parser.add_argument("model", help=f"compressed directory, directory or hub id; or random weights: {', '.join(SIZES)}")
     parser.add_argument(
-        "--sparsity", type=_shares, default=(0.25, 0.35, 0.45), metavar="S,S,...", help="of a dense model's packed copies"
-    )
+        "--sparsity", type=_shares, default="0.25,0.35,0.45", metavar="S,S,...",
+        help="of a dense model's packed copies (%(default)s)",
+    )  # fmt: skip
     parser.add_argument(
-        "--dense", type=_names, default=("eager", "inductor"), metavar="NAME,...", help=f"of {', '.join(DENSE)}"
+        "--dense", type=_names, default="eager,inductor", metavar="NAME,...", help=f"of {', '.join(DENSE)} (%(default)s)"
     )
-    parser.add_argument("--batch", type=_count, default=16)
-    parser.add_argument("--prompt", type=_count, default=128, help="tokens in")
-    parser.add_argument("--new", type=_count, default=128, help="tokens out")
-    parser.add_argument("--long-prompt", type=int, default=2048, help="time one sequence's first token too; 0: do not")
-    parser.add_argument("--rounds", type=_count, default=5)
+    parser.add_argument("--batch", type=_count, default=16, help="sequences at a time (%(default)s)")
+    parser.add_argument("--prompt", type=_count, default=128, help="tokens in (%(default)s)")
+    parser.add_argument("--new", type=_count, default=128, help="tokens out (%(default)s)")
+    parser.add_argument(
+        "--long-prompt", type=partial(_count, least=0), default=2048,
+        help="time the first token of one sequence of so many tokens too; 0: do not (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--rounds", type=_count, default=5, help="times that each variant is timed (%(default)s)")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="the numbers, as JSON")
     parser.add_argument("--page", type=Path, metavar="FILE", help="the numbers, as an HTML page")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for path in (args.output, args.page):
+        if path is not None and path.is_dir():  # before anything is measured
+            parser.error(f"{path}: is a directory, a file is to be written there")
+    return args
 
 
 def _shares(text: str) -> tuple[float, ...]:
-    found = tuple(float(part) for part in text.split(","))
+    try:
+        found = tuple(float(part) for part in text.split(",") if part)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be numbers with commas between them") from None
     if any(not 0 <= s <= 0.5 for s in found):
         raise argparse.ArgumentTypeError(f"{text!r}: dense and 2:4 tiles give 0 to 0.5")
     return found
@@ -129,9 +146,13 @@ def _names(text: str) -> tuple[str, ...]:
     return found
 
 
-def _count(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be 1 or more")
+def _count(text: str, least: int = 1) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number") from None
+    if number < least:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be {least} or more")
     return number
 
 

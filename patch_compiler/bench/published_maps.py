@@ -11,7 +11,10 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+from torch import nn
 
+from patch_compiler.hard_mask import HardMask
+from patch_compiler.linears import named_linears, weight_of
 from patch_compiler.tile_map import DEFAULT_TILE, TileMap
 
 # log odds of being 2:4, relative to queries and outputs
@@ -49,6 +52,13 @@ def published_maps(
         maps[name] = TileMap.from_dense(shape, torch.from_numpy(dense[start:end].reshape(score.shape)), tile)
         start = end
     return maps
+
+
+def published_masks(model: nn.Module, sparsity: float) -> dict[str, HardMask]:
+    """Of a dense model's decoder blocks: such maps, each 2:4 tile keeping its largest weights."""
+    weights = {name: weight_of(module) for name, module in named_linears(model).items()}
+    maps = published_maps({name: (w.shape[0], w.shape[1]) for name, w in weights.items()}, sparsity)
+    return {name: HardMask.select(maps[name], weight.abs()) for name, weight in weights.items()}
 
 
 def _block(name: str) -> int:

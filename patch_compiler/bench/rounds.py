@@ -38,8 +38,8 @@ class Runs:
     to_first_of_long: list[float] = field(default_factory=list)
 
     def record(self, work: Workload) -> dict[str, Any]:
-        """JSON: medians. GB/s: of the weights and the cache's filled part, which each step reads; None where the weights
-        are not what takes time (one new token)."""
+        """JSON: medians. weights_gb_s: all weights over the time of a step, which reads few rows of an embedding and, not
+        counted, the cache; None where there is no step (one new token)."""
         first_token, decoding = statistics.median(self.to_first_token), statistics.median(self.decoding)
         steps = work.new - 1
         return {
@@ -59,7 +59,7 @@ def measure(
 ) -> list[Runs]:
     """Prompts are the same random tokens for all. Peak bytes: of the weights and what running takes beyond what was there
     before the variant ran for the first time, compilation not counted; None on the CPU."""
-    found, decoders, long_decoders = [Runs(v) for v in variants], {}, {}
+    found, decoders, long_decoders = [Runs(v) for v in variants], [], []
     for runs in found:
         variant, device = runs.variant, _device(runs.variant)
         vocabulary: Any = variant.model.config.vocab_size  # type: ignore[union-attr]
@@ -77,7 +77,7 @@ def measure(
             long_decoder = GreedyDecoder(variant.model, 1, work.long_prompt + 1, variant.compile)
             long_decoder.generate(long_prompt, 1)
             long_decoder.generate(long_prompt, 1)
-            long_decoders[variant.name] = long_decoder, long_prompt
+            long_decoders.append((long_decoder, long_prompt))
         _settle(device)
         runs.first = time.perf_counter() - begin
         if device.type == "cuda":
@@ -85,14 +85,15 @@ def measure(
         decoder.generate(prompt, work.new)
         if device.type == "cuda":
             runs.peak_bytes = variant.weight_bytes + torch.cuda.max_memory_allocated(device) - before
-        decoders[variant.name] = decoder, prompt
+        decoders.append((decoder, prompt))
         progress(f"{variant.name}: ready after {runs.first:.1f} s")
     for r in range(rounds):
-        for i in range(len(found)):
-            runs = found[(i + r) % len(found)]
-            _time(runs, *decoders[runs.variant.name], work.new)
+        for place in range(len(found)):
+            i = (place + r) % len(found)  # not by name: two variants may have one
+            runs = found[i]
+            _time(runs, *decoders[i], work.new)
             if work.long_prompt:
-                long_decoder, long_prompt = long_decoders[runs.variant.name]
+                long_decoder, long_prompt = long_decoders[i]
                 long_decoder.reset()
                 seconds, _ = _seconds(partial(long_decoder.step, long_prompt), long_decoder.device)
                 runs.to_first_of_long.append(seconds)

@@ -14,12 +14,11 @@ import transformers
 from torch import Tensor, nn
 from torch._inductor import list_mode_options
 
-from patch_compiler.hard_mask import HardMask
-from patch_compiler.linears import apply_masks, mask_of, named_linears, weight_of
-from patch_compiler.module import PatchLinear, convert
+from patch_compiler.conversion import convert
+from patch_compiler.module import PatchLinear
 
 from .decoder import Function
-from .published_maps import published_maps
+from .published_maps import published_masks
 from .random_llama import SIZES, random_llama
 
 DENSE = ("eager", "inductor", "inductor-pdl", "max-autotune")
@@ -44,12 +43,22 @@ def load(source: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
     return model.eval()
 
 
+def parameter_count(source: str) -> int:
+    """Of the dense model that `source` names, from its config alone: no weights are read or made."""
+    if source in SIZES:
+        model = random_llama(SIZES[source], "meta")
+    else:
+        config = transformers.AutoConfig.from_pretrained(source)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+    return sum(p.numel() for p in model.parameters())
+
+
 def variants(model: nn.Module, sparsities: Sequence[float], dense: Sequence[str]) -> list[Variant]:
     """Of a packed model: itself and, unpacked, the dense ones. Of a dense one: packed copies with published maps' allocation,
     each 2:4 tile keeping its largest weights. Dense variants share one copy of the weights."""
-    packed = any(isinstance(m, PatchLinear) for m in model.modules())
     found = []
-    if packed:
+    if is_packed(model):
         unpacked = unpack(model)
         found += [_dense(name, unpacked) for name in dense]
         return [*found, _packed(model)]
@@ -57,31 +66,35 @@ def variants(model: nn.Module, sparsities: Sequence[float], dense: Sequence[str]
     return found + [_packed(_pruned(model, sparsity)) for sparsity in sparsities]
 
 
+def is_packed(model: nn.Module) -> bool:
+    return any(isinstance(m, PatchLinear) for m in model.modules())
+
+
 def unpack(model: nn.Module) -> nn.Module:
     """A copy with dense weights, zeros in place; everything else is shared."""
     shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, PatchLinear)}
+    layers = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, PatchLinear)}
     for module in layers.values():
         for held in module.buffers(recurse=False):
             shared[id(held)] = held.new_empty(0)  # not worth a copy: replaced below
     dense = copy.deepcopy(model, shared)
+    linears = {module: _linear(module) for module in layers.values()}  # a layer shared under two names stays shared
     for name, module in layers.items():
-        out_features, in_features = module.tile_map.shape
-        linear = nn.Linear(in_features, out_features, bias=module.bias is not None, device="meta")
-        linear.weight = nn.Parameter(module.dense_weight(), requires_grad=False)
-        if module.bias is not None:
-            linear.bias = nn.Parameter(module.bias, requires_grad=False)
-        dense.set_submodule(name, linear)
+        dense.set_submodule(name, linears[module])
     return dense
+
+
+def _linear(module: PatchLinear) -> nn.Linear:
+    linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+    linear.weight = nn.Parameter(module.dense_weight(), requires_grad=False)
+    if module.bias is not None:
+        linear.bias = nn.Parameter(module.bias, requires_grad=False)
+    return linear.train(module.training)
 
 
 def _pruned(model: nn.Module, sparsity: float) -> nn.Module:
     pruned = copy.deepcopy(model)
-    linears = {name: m for name, m in named_linears(pruned).items() if name != "lm_head"}
-    maps = published_maps({name: tuple(weight_of(m).shape) for name, m in linears.items()}, sparsity)  # type: ignore[misc]
-    masks = {name: HardMask.select(maps[name], weight_of(module).abs()) for name, module in linears.items()}
-    apply_masks(pruned, masks)
-    return convert(pruned)
+    return convert(pruned, published_masks(pruned, sparsity))
 
 
 def _dense(name: str, model: nn.Module) -> Variant:
@@ -101,7 +114,6 @@ def _dense(name: str, model: nn.Module) -> Variant:
 def _packed(model: nn.Module) -> Variant:
     gc.collect()
     maps = [m.tile_map for m in model.modules() if isinstance(m, PatchLinear)]
-    maps += [mask.tile_map for m in model.modules() if isinstance(m, nn.Linear) and (mask := mask_of(m)) is not None]
     sparsity = sum(m.zeros for m in maps) / sum(m.weights for m in maps)
     compile_ = partial(torch.compile, backend="patch", mode="reduce-overhead", fullgraph=True, dynamic=False)
     return Variant(f"patch {100 * sparsity:.0f} %", sparsity, model, compile_, weight_bytes(model))

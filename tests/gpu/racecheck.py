@@ -59,12 +59,12 @@ def source_line(file: str, line: int) -> str:
 def main() -> int:
     control, found = run("tests.gpu.racecheck_control"), run("tests.gpu.sanitized")
     ours = [h for h in found if not h.in_scaffolding(source_line)]
-    print(f"control, where nothing can race: {len(control)} reported, all in scaffolding: "
-          f"{all(h.in_scaffolding(source_line) for h in control)}")  # fmt: skip
+    print(f"control, where nothing can race: {len(control)} reported")
     print(f"kernels: {len(found)} reported, {len(found) - len(ours)} in scaffolding, {len(ours)} in our statements")
     for hazard in ours:
         print("race:", hazard)
-    return 1 if ours or (found and not control) else 0
+    strange = [h for h in control if not h.in_scaffolding(source_line)]
+    return 1 if ours or strange or (found and not control) else 0
 
 
 if __name__ == "__main__":
