@@ -131,6 +131,8 @@ class Layer:
     def _prepare(self, s: Decode, bias: bool) -> _Launch:
         """Check, plan and emit, once. Raises ValueError if the schedule is illegal here."""
         reason = s.why_illegal(self.problem(bias=bias), self.gpu)
+        if reason is None and (s.family == "hopper") != (self.order == "rows"):
+            reason = f"its slabs do not lie in order {self.order!r}"
         if reason is not None:
             raise ValueError(f"schedule {s}: {reason}")
         with self._lock:

@@ -106,16 +106,18 @@ def pick(problem: Problem, gpu: GpuSpec, tokens: int) -> Schedule:
 
 
 def _pick(problem: Problem, gpu: GpuSpec, tokens: int) -> Schedule:
-    entry = table(gpu).get(key_of(problem, tokens))
-    if entry is not None and entry.schedule.why_illegal(problem, gpu) is None:
-        return entry.schedule
-    return cost_model.choose(problem, gpu, tokens)
+    entry = measured(problem, gpu, tokens)
+    return cost_model.choose(problem, gpu, tokens) if entry is None else entry.schedule
 
 
 def measured(problem: Problem, gpu: GpuSpec, tokens: int) -> Entry | None:
     """The table's entry that `pick` follows, if it follows one."""
     entry = table(gpu).get(key_of(problem, tokens))
-    return entry if entry is not None and entry.schedule.why_illegal(problem, gpu) is None else None
+    if entry is None or entry.schedule.why_illegal(problem, gpu) is not None:
+        return None
+    # a table made with another Triton may hold kernels for slabs in another order than they lie here
+    wrong = isinstance(entry.schedule, Decode) and (entry.schedule.family == "hopper") != gpu.runs_hopper
+    return None if wrong else entry
 
 
 def intervals(problem: Problem, gpu: GpuSpec, upto: int = 16384) -> list[Interval]:
