@@ -212,13 +212,3 @@ def test_intervals_are_what_is_picked():
     bare = Problem((40, 40), "float32", None)
     assert [i.schedule for i in intervals(bare, H100)] == [Reference()]
     assert pick(bare, H100, 3) == Reference()
-
-
-def test_an_entry_for_slabs_in_another_order_is_passed_over():
-    """Both Tritons share a table of the GPU, not the order of the slabs."""
-    problem, older = problem_of(), gpu_spec("h100", "3.6.0")
-    schedule = Decode("stream", 64, 4)
-    update(tuning.user_path(H100), H100, [entry_of(problem, 64, schedule)])
-    assert pick(problem, older, 64) == schedule
-    assert pick(problem, H100, 64) == choose(problem, H100, 64)
-    assert tuning.measured(problem, H100, 64) is None
