@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from patch_compiler.conversion import convert
 from patch_compiler.module import PatchLinear
+from patch_compiler.tile_map import sparsity_of
 
 from .decoder import Function
 from .published_maps import published_masks
@@ -107,8 +108,7 @@ def _dense(name: str, model: nn.Module) -> Variant:
 
 def _packed(model: nn.Module) -> Variant:
     gc.collect()
-    maps = [m.tile_map for m in model.modules() if isinstance(m, PatchLinear)]
-    sparsity = sum(m.zeros for m in maps) / sum(m.weights for m in maps)
+    sparsity = sparsity_of(m.tile_map for m in model.modules() if isinstance(m, PatchLinear))
     compile_ = partial(torch.compile, backend="patch", mode="reduce-overhead", fullgraph=True, dynamic=False)
     return Variant(f"patch {100 * sparsity:.0f} %", sparsity, model, compile_, weight_bytes(model))
 
