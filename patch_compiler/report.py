@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from .heat_map import KIND_LABELS, HeatMap, heat_map
 from .text_table import human_bytes
-from .tile_map import TileKind, TileMap
+from .tile_map import TileKind, TileMap, sparsity_of
 
 if TYPE_CHECKING:
     from .explanation import Site
@@ -124,7 +124,7 @@ class Block:
 
     @property
     def sparsity(self) -> float:
-        return _sparsity(layer.tile_map for layer in self.layers)
+        return sparsity_of(layer.tile_map for layer in self.layers)
 
     @property
     def columns(self) -> list[list[Layer]]:
@@ -163,13 +163,6 @@ def blocks_of(maps: Mapping[str, TileMap]) -> list[Block]:
     return list(blocks.values())
 
 
-def _sparsity(maps: Iterable[TileMap]) -> float:
-    zeros = weights = 0
-    for tile_map in maps:
-        zeros, weights = zeros + tile_map.zeros, weights + tile_map.weights
-    return zeros / weights if weights else 0.0
-
-
 @dataclass(frozen=True)
 class SparsityGrid:
     """Blocks x projections. cells[i][j] is None where block i has no projection j; top: the sparsity drawn in full colour."""
@@ -188,7 +181,7 @@ def sparsity_grid(blocks: Sequence[Block]) -> SparsityGrid:
     for block in blocks:
         own = {layer.projection: layer for layer in block.layers}
         cells.append([own.get(projection) for projection in by_projection])
-    totals = [_sparsity(layer.tile_map for layer in layers) for layers in by_projection.values()]
+    totals = [sparsity_of(layer.tile_map for layer in layers) for layers in by_projection.values()]
     top = max([0.5, *(layer.sparsity for block in blocks for layer in block.layers)])
     return SparsityGrid(list(by_projection), cells, totals, top)
 
@@ -217,7 +210,7 @@ def render(report: Report) -> str:
         report=report,
         blocks=blocks,
         grid=sparsity_grid(blocks),
-        sparsity=_sparsity(report.maps.values()),
+        sparsity=sparsity_of(report.maps.values()),
         scale=_scale(blocks),
         kinds=[(kind.name.lower(), KIND_LABELS[kind]) for kind in reversed(TileKind)],
         not_drawn=[layer.name for block in blocks for layer in block.layers if layer.picture is None],

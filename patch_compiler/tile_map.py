@@ -8,7 +8,7 @@ Edge tiles are ragged: 576 = 4.5 x 128 is a normal size, not an error.
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -176,3 +176,11 @@ class TileMap:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TileMap, (self.shape, self.tile, self.kinds)
+
+
+def sparsity_of(maps: Iterable[TileMap]) -> float:
+    """zeros / weights of several weights together, exact; 0 of none."""
+    zeros = weights = 0
+    for tile_map in maps:
+        zeros, weights = zeros + tile_map.zeros, weights + tile_map.weights
+    return zeros / weights if weights else 0.0

@@ -42,7 +42,8 @@ def masked(model: nn.Module) -> nn.Module:
 
 
 def by_generate(model: nn.Module, prompt: torch.Tensor, new: int) -> torch.Tensor:
-    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    model.generation_config.eos_token_id = None  # min_new_tokens would forbid that token, which the decoder may well choose
+    options = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
     return model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[:, prompt.shape[1] :]
 
 

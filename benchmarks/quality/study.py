@@ -32,6 +32,7 @@ from learning.token_file import TokenFile
 from learning.training.loop import train
 from patch_compiler.hard_mask import HardMask
 from patch_compiler.provenance import provenance, write_results
+from patch_compiler.tile_map import sparsity_of
 
 from .rows import Row, learn_config, rows
 from .three_of_four import prune_three_of_four
@@ -116,10 +117,9 @@ class Study:
             sign = perplexity(model, self.heldout, self.context, progress=False).value
         used = by_sign if config.compat == "patch" else hardened  # PATCH's code hardens by sign and takes what comes
         masks.apply(used)
-        weights = sum(m.tile_map.weights for m in used.masks.values())
         return model, {
-            "reached": sum(m.tile_map.zeros for m in used.masks.values()) / weights,
-            "reached_by_sign": sum(m.tile_map.zeros for m in by_sign.masks.values()) / weights,
+            "reached": sparsity_of(m.tile_map for m in used.masks.values()),
+            "reached_by_sign": sparsity_of(m.tile_map for m in by_sign.masks.values()),
             "moved_tiles": hardened.moved, "tiles": hardened.tiles, "start_development": round(first, 4),
             "heldout_by_sign": round(sign, 4), "tokens": result.tokens, "train_seconds": round(result.seconds, 1),
             "step_ms": round(1e3 * result.seconds / config.steps, 1), "loss": result.loss,

@@ -15,7 +15,7 @@ from patch_compiler.hard_mask import HardMask
 from patch_compiler.importers import import_dense_zeros, import_maskllm_npz, import_patch_npz
 from patch_compiler.linears import get_linears, named_linears
 from patch_compiler.text_table import human_bytes
-from patch_compiler.tile_map import DEFAULT_TILE
+from patch_compiler.tile_map import DEFAULT_TILE, sparsity_of
 
 from ..models import load_model, load_skeleton
 from ..prune_checks import shape_of
@@ -56,9 +56,9 @@ def run(args: argparse.Namespace) -> None:
         path = Path(args.model).expanduser()
         save_masks(partial, masks, base_model=path.resolve().name if path.exists() else args.model, provenance=provenance)
     weights = sum(m.tile_map.weights for m in masks.values())
-    zeros = sum(m.tile_map.zeros for m in masks.values())
+    sparsity = sparsity_of(m.tile_map for m in masks.values())
     size = args.output.stat().st_size
-    print(f"{len(masks)} layers, sparsity {zeros / weights:.2%}, {8 * size / weights:.2f} bits a weight")
+    print(f"{len(masks)} layers, sparsity {sparsity:.2%}, {8 * size / weights:.2f} bits a weight")
     print(f"wrote {args.output}, {human_bytes(size)}")
     print(f"next: python -m learning evaluate {args.model} --mask {args.output}")
 

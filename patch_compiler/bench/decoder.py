@@ -15,6 +15,11 @@ from transformers import StaticCache
 Function = Callable[[Tensor], Tensor]
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where it runs; a packed model may have no parameters."""
+    return next(t.device for t in (*model.parameters(), *model.buffers()))
+
+
 class GreedyDecoder:
     """A causal language model of transformers with a cache for `batch` sequences of up to `length` tokens.
 
@@ -22,8 +27,7 @@ class GreedyDecoder:
     """
 
     def __init__(self, model: nn.Module, batch: int, length: int, compile_: Callable[[Function], Function] | None) -> None:
-        self.model, self.batch, self.length = model, batch, length
-        self.device = next(t.device for t in (*model.parameters(), *model.buffers()))
+        self.device = device_of(model)
         self.cache = StaticCache(config=model.config, max_cache_len=length)  # type: ignore[arg-type]
         eager = _next_token(model, self.cache)
         with torch.no_grad():  # the cache takes its memory at its first use, which must not be inside a compiled function

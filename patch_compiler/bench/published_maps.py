@@ -15,7 +15,7 @@ from torch import nn
 
 from patch_compiler.hard_mask import HardMask
 from patch_compiler.linears import named_linears, weight_of
-from patch_compiler.tile_map import DEFAULT_TILE, TileMap
+from patch_compiler.tile_map import DEFAULT_TILE, TileKind, TileMap
 
 # log odds of being 2:4, relative to queries and outputs
 FEED_FORWARD, KEYS_VALUES, OUTER_BLOCKS, PANELS = 1.5, -6.0, -1.0, 0.7
@@ -39,9 +39,8 @@ def published_maps(
         score = random.logistic(size=(panels, columns)) + PANELS * random.normal(size=(panels, 1))
         score += FEED_FORWARD * bool(re.search(r"mlp|feed_forward|ffn", name))
         score += KEYS_VALUES * bool(re.search(r"[kv]_proj", name)) + OUTER_BLOCKS * (blocks[name] in (0, last))
-        rows, widths = (np.minimum(t, n - np.arange(c) * t) for t, n, c in zip(tile, shape, (panels, columns), strict=True))
         scores.append(score)
-        areas.append(np.outer(rows, widths))
+        areas.append(TileMap.full(shape, TileKind.DENSE, tile).areas().numpy())
     order = np.argsort(-np.concatenate([s.reshape(-1) for s in scores]), kind="stable")
     area = np.append(0, np.concatenate([a.reshape(-1) for a in areas])[order].cumsum())
     dense = np.ones(len(order), dtype=bool)

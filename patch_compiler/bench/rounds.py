@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .decoder import GreedyDecoder
+from .decoder import GreedyDecoder, device_of
 from .variants import Variant
 
 
@@ -61,7 +61,7 @@ def measure(
     before the variant ran for the first time, compilation not counted; None on the CPU."""
     found, decoders, long_decoders = [Runs(v) for v in variants], [], []
     for runs in found:
-        variant, device = runs.variant, _device(runs.variant)
+        variant, device = runs.variant, device_of(runs.variant.model)
         vocabulary: Any = variant.model.config.vocab_size  # type: ignore[union-attr]
         generator = torch.Generator().manual_seed(0)
         prompt, long_prompt = (
@@ -127,7 +127,3 @@ def _seconds(call: Callable[[], Tensor], device: torch.device) -> tuple[float, T
 def _settle(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _device(variant: Variant) -> torch.device:
-    return next(t.device for t in (*variant.model.parameters(), *variant.model.buffers()))

@@ -16,6 +16,7 @@ from torch._inductor import list_mode_options
 
 from patch_compiler.conversion import convert
 from patch_compiler.module import PatchLinear
+from patch_compiler.tile_map import sparsity_of
 
 from .decoder import Function
 from .published_maps import published_masks
@@ -113,8 +114,7 @@ def _dense(name: str, model: nn.Module) -> Variant:
 
 def _packed(model: nn.Module) -> Variant:
     gc.collect()
-    maps = [m.tile_map for m in model.modules() if isinstance(m, PatchLinear)]
-    sparsity = sum(m.zeros for m in maps) / sum(m.weights for m in maps)
+    sparsity = sparsity_of(m.tile_map for m in model.modules() if isinstance(m, PatchLinear))
     compile_ = partial(torch.compile, backend="patch", mode="reduce-overhead", fullgraph=True, dynamic=False)
     return Variant(f"patch {100 * sparsity:.0f} %", sparsity, model, compile_, weight_bytes(model))
 
