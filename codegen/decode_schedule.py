@@ -44,6 +44,11 @@ class Decode:
         """Of the slabs that the kernel reads."""
         return "rows" if self.family == "hopper" else "fragments"
 
+    @property
+    def can_gate(self) -> bool:
+        """Whether its kernel can end with silu(gate) * up. Of 128 tokens it would hold two accumulators of 64 registers."""
+        return self.family == "hopper" and self.tokens <= 64
+
     def cta_rows(self, rows: int) -> int:
         """Rows of a panel that one program computes, of a panel of so many."""
         return rows // 2 if self.halves else rows

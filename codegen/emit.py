@@ -48,12 +48,16 @@ _CHECKSUM = "# sha256 of the text above: "
 
 @dataclass(frozen=True)
 class Specialisation:
-    """A schedule and what of the layer its module depends on. rows: of a panel. dtype: "bfloat16" or "float16"."""
+    """A schedule and what of the layer its module depends on. rows: of a panel. dtype: "bfloat16" or "float16".
+
+    gated: the kernel ends with silu(gate) * up; only of schedules that can.
+    """
 
     schedule: Fused
     rows: int
     dtype: str
     bias: bool
+    gated: bool = False
 
     def constants(self) -> dict[str, str]:
         """The schedule block: name -> Python expression inside gl.constexpr(...)."""
@@ -71,6 +75,7 @@ class Specialisation:
         return {
             "PARTS_AT_ONCE": str(parts_at_once(s.tokens)),
             "EARLY_START": str(s.early_start),
+            "GATED": str(self.gated),
             "HALVES": str(s.halves),
             "SPARSE_PRODUCT": _text(wgmma_sp.slab_product(s.tokens, _PTX_DTYPES[self.dtype])),
             "SPARSE_OPERANDS": _text(wgmma_sp.slab_constraints(s.tokens)),

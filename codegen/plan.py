@@ -6,7 +6,8 @@ cut inside a panel makes the panel's parts meet again in the partial sums. Writt
 finds everything it needs in one round trip to memory:
 
     header    number of segments, number of stages, six unused
-    segments  panel, dense stages, sparse stages, index of this part, first part and number of parts of the panel, two unused
+    segments  panel, dense stages, sparse stages, index of this part, first part and number of parts of the panel, the first
+              part of its second half (in gated plans), one unused
     stages    slab or half slab, metadata row (-1: dense), first and second block of X
 """
 
@@ -44,15 +45,22 @@ class StageCost:
     segment: float
 
 
-def work_plan(slabs: SlabMap, ctas: int | None, cost: StageCost, *, halves: bool = False, shortest: float = 2.0) -> WorkPlan:
+def work_plan(
+    slabs: SlabMap, ctas: int | None, cost: StageCost, *, halves: bool = False, gated: bool = False, shortest: float = 2.0
+) -> WorkPlan:
     """Cut the slabs of a weight into `ctas` pieces of equal cost; None: cut nothing, one piece for each panel.
 
     halves: deal the upper and the lower half of each panel as panels of their own; slabs are then counted in halves, 2 s
-    and 2 s + 1. shortest: a cut that would leave less than this many stages of a panel on one side moves to its edge.
+    and 2 s + 1. gated: the weight is two of equal height, one below the other, and outputs are made of both: panel p of the
+    first and panel p of the second meet as parts of one panel p, the first one's parts before the second one's. shortest: a
+    cut that would leave less than this many stages of a panel on one side moves to its edge. Raises ValueError if a gated
+    plan's number of panels is odd.
     """
     starts, word, unit, metadata_row, dense_slabs = _line(slabs, halves)
     sparse = (word >> 30) & 1
     panels, n = len(starts) - 1, int(starts[-1])
+    if gated and panels % 2:
+        raise ValueError(f"two weights of equal height have an even number of panels, these have {panels}")
     costs = np.where(sparse, cost.sparse, cost.dense)
     if ctas is None:
         ctas, candidates = panels, [starts[1:-1]]
@@ -79,11 +87,9 @@ def work_plan(slabs: SlabMap, ctas: int | None, cost: StageCost, *, halves: bool
         np.concatenate([n_dense, np.zeros_like(empty)]),
     )
     cta = np.concatenate([cta, np.arange(len(empty)) % ctas])
-    of_panel = np.bincount(panel, minlength=panels)
-    shared = of_panel[panel] > 1
-    part = np.where(shared, np.cumsum(shared) - 1, 0)
-    first_part = np.full(panels, np.iinfo(np.int64).max)
-    np.minimum.at(first_part, panel[shared], part[shared])
+    outputs = panels // 2 if gated else panels
+    target, part, first_part, of_second, n_parts = _meetings(panel, first, outputs)
+    shared = n_parts > 1
 
     # shared panels first: their parts are waiting when the last CTA arrives
     order = np.lexsort((first, ~shared, cta))
@@ -99,9 +105,7 @@ def work_plan(slabs: SlabMap, ctas: int | None, cost: StageCost, *, halves: bool
     where = HEADER + SEGMENT * position
     owner = cta[order]
     lengths = (last - first)[order]
-    for i, column in enumerate(
-        (panel, n_dense, last - first - n_dense, part, np.where(shared, first_part[panel], 0), of_panel[panel])
-    ):
+    for i, column in enumerate((target, n_dense, last - first - n_dense, part, first_part, n_parts, of_second)):
         table[owner, where + i] = column[order]
     slab = np.repeat(first[order] - (np.cumsum(lengths) - lengths), lengths) + np.arange(n)
     stage_owner = np.repeat(owner, lengths)
@@ -111,10 +115,28 @@ def work_plan(slabs: SlabMap, ctas: int | None, cost: StageCost, *, halves: bool
     table[stage_owner, at + 1] = metadata_row[slab]
     table[stage_owner, at + 2] = word[slab] & ((1 << _BLOCK_BITS) - 1)
     table[stage_owner, at + 3] = (word[slab] >> _BLOCK_BITS) & ((1 << _BLOCK_BITS) - 1)
-    return WorkPlan(torch.from_numpy(table), stages_offset, int(shared.sum()), panels)
+    return WorkPlan(torch.from_numpy(table), stages_offset, int(shared.sum()), outputs)
 
 
 _AHEAD = 32  # kernels read the table up to a ring and one stage ahead of what they need
+
+
+def _meetings(panel: np.ndarray, first: np.ndarray, outputs: int) -> tuple[np.ndarray, ...]:
+    """Of each segment: the panel of outputs it is for, its part, that panel's first part, the first of its second half and
+    the number of them. Parts of one panel lie together, the first half's first; a panel of one segment has none."""
+    target = panel % outputs
+    n_parts = np.bincount(target, minlength=outputs)[target]
+    shared = n_parts > 1
+    ordered = np.lexsort((first, panel, target))
+    part = np.zeros_like(target)
+    part[ordered] = np.where(shared[ordered], np.cumsum(shared[ordered]) - 1, 0)
+
+    def lowest(of: np.ndarray) -> np.ndarray:
+        found = np.full(outputs, np.iinfo(np.int64).max)
+        np.minimum.at(found, target[of], part[of])
+        return np.where(np.bincount(target[of], minlength=outputs) > 0, found, 0)[target]
+
+    return target, part, lowest(shared), lowest(panel >= outputs), n_parts
 
 
 def _line(slabs: SlabMap, halves: bool) -> tuple[np.ndarray, ...]:

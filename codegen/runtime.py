@@ -21,6 +21,7 @@ from codegen.decode_schedule import Decode
 from codegen.formats.slab_map import SlabMap, slab_map, why_not
 from codegen.formats.slabs import DTYPES, Order
 from codegen.gpu import GpuSpec, this_gpu
+from codegen.kernels import silu_product
 from codegen.kernels.expand import block_table, expand
 from codegen.plan import WorkPlan, work_plan
 from codegen.prefill_launch import PrefillLaunch
@@ -63,7 +64,7 @@ class Layer:
         self.tile_map, self.dtype, self.order, self.device = tile_map, dtype, order, device
         self.map: SlabMap = slab_map(tile_map)
         self.gpu: GpuSpec = this_gpu(device.index or 0)
-        self._launches: dict[tuple[Decode, bool], _Launch] = {}
+        self._launches: dict[tuple[Decode, bool, bool], _Launch] = {}
         self._prefills: dict[tuple[Prefill | TensorPrefill, bool], PrefillLaunch | TensorLaunch] = {}
         self._choices: dict[tuple[int, bool], Schedule] = {}
         self._blocks: Tensor | None = None
@@ -111,6 +112,27 @@ class Layer:
             else:
                 raise ValueError(f"schedule {schedule}: the weight is held as slabs")
 
+    def run_gated(
+        self, y: Tensor, x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, dense: Sequence[Tensor] = (),
+        schedule: Schedule | None = None,
+    ) -> None:  # fmt: skip
+        """Write silu(x Gᵀ + bias₀) * (x Uᵀ + bias₁) into y [T, M / 2], where this weight is G [M / 2, K] over U [M / 2, K].
+
+        As `run`, in one launch where the schedule's kernel can end so. Both factors are rounded to the dtype first.
+        """
+        if y.numel() == 0:
+            return
+        if schedule is None:
+            schedule = self.schedule(x.shape[0], bool(dense))
+        if isinstance(schedule, Decode) and schedule.can_gate:
+            with torch.cuda.device_of(x):
+                self._launch(schedule, y, x, values, metadata, bias, gated=True)
+        else:
+            both = x.new_empty(x.shape[0], self.tile_map.shape[0])
+            self.run(both, x, values, metadata, bias, dense, schedule)
+            with torch.cuda.device_of(x):
+                silu_product.launch_triton(y, both)
+
     def dense(self, values: Tensor, metadata: Tensor) -> Tensor:
         """A dense copy of W [M, K], +0.0 where nothing is kept."""
         with torch.cuda.device_of(values):
@@ -118,9 +140,11 @@ class Layer:
                 self._blocks = self._to_device(block_table(self.map, self.tile_map.shape[1]))
             return expand(values, metadata, self._blocks, self.order, *self.tile_map.shape)
 
-    def _launch(self, s: Decode, y: Tensor, x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None) -> None:
-        launch = self._launches.get((s, bias is not None)) or self._prepare(s, bias is not None)
-        tokens, (out_features, in_features), rows = x.shape[0], self.tile_map.shape, s.cta_rows(self.map.rows)
+    def _launch(
+        self, s: Decode, y: Tensor, x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, *, gated: bool = False
+    ) -> None:
+        launch = self._launches.get((s, bias is not None, gated)) or self._prepare(s, bias is not None, gated)
+        (tokens, out_features), in_features, rows = y.shape, self.tile_map.shape[1], s.cta_rows(self.map.rows)
         tiles, plan, table = -(-tokens // s.tokens), launch.plan, launch.table
         partials, counters = _workspaces.get(self.device, plan.parts * tiles * rows * s.tokens, plan.panels * tiles)
         tail = (
@@ -135,22 +159,22 @@ class Layer:
         else:
             launch.jit[grid](x, values.view(torch.int32), metadata, *tail, in_features, **launch.options)
 
-    def _prepare(self, s: Decode, bias: bool) -> _Launch:
+    def _prepare(self, s: Decode, bias: bool, gated: bool) -> _Launch:
         """Check, plan and emit, once. Raises ValueError if the schedule is illegal here."""
         problem = self._legal(s, bias)
         with self._lock:
-            found = self._launches.get((s, bias))
+            found = self._launches.get((s, bias, gated))
             if found is None:
-                what = emit.Specialisation(s, self.map.rows, problem.dtype, bias)
+                what = emit.Specialisation(s, self.map.rows, problem.dtype, bias, gated)
                 options: dict[str, Any] = {"num_warps": what.warps}
                 if s.early_start:
                     options["launch_pdl"] = True
                 if s.ctas_per_sm > 1 and s.family == "hopper":
                     options["maxnreg"] = 80  # twelve warps twice
                 cost = cost_model.stage_cost(s, self.map.rows, self.gpu)
-                plan = work_plan(self.map, self.gpu.sms * s.ctas_per_sm, cost, halves=s.halves)
+                plan = work_plan(self.map, self.gpu.sms * s.ctas_per_sm, cost, halves=s.halves, gated=gated)
                 found = _Launch(emit.kernel(what, self._made_for()), plan, self._to_device(plan.table), options)
-                self._launches[s, bias] = found
+                self._launches[s, bias, gated] = found
         return found
 
     def _prefill(self, s: Prefill | TensorPrefill, bias: bool) -> PrefillLaunch | TensorLaunch:

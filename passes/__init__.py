@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from . import find_masked_linears, fold_masks, lower, merge_projections, pick_schedules, split_tile_groups
+from . import find_masked_linears, fold_masks, fuse_epilogues, lower, merge_projections, pick_schedules, split_tile_groups
 from .context import Context, Linear, Options
 
 PASSES: tuple[Callable[[fx.Graph, Context], fx.Graph], ...] = (
@@ -15,6 +15,7 @@ PASSES: tuple[Callable[[fx.Graph, Context], fx.Graph], ...] = (
     fold_masks.run,
     merge_projections.run,
     split_tile_groups.run,
+    fuse_epilogues.run,
     pick_schedules.run,
     lower.run,
 )

@@ -78,9 +78,13 @@ class Linear:
 
 @dataclass(eq=False)
 class Merged:
-    """Projections of one input that become one launch, in the order of their outputs, which is the graph's."""
+    """Projections of one input that become one launch, in the order of their outputs, which is the graph's.
+
+    product: the node of silu(first member) * second member, if the launch makes that.
+    """
 
     members: list[Linear]
+    product: fx.Node | None = None
 
     @property
     def tile_map(self) -> TileMap:

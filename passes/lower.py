@@ -1,4 +1,5 @@
-"""Rewrite the graph: packed linears become `patch::linear`, folded ones an F.linear on a weight computed once."""
+"""Rewrite the graph: packed linears become `patch::linear` or, with what follows them, `patch::gated_linear`; folded ones an
+F.linear on a weight computed once."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from patch_compiler.stored import StoredWeight, merge
 
 from .context import Context, Linear, Merged
 from .dynamo import MOVED, add_buffer, guard_identity
+from .operands import is_inside, is_vector, operands
 from .pick_schedules import keeps_dense
 
 
@@ -40,30 +42,24 @@ def _replace(linear: Linear, replacement: fx.Node, graph: fx.Graph) -> None:
         guard_identity(leaf)
 
 
-def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
-    """x and the bias, of an F.linear or a patch::linear."""
-    if node.target is torch.ops.patch.linear.default:
-        return node.args[0], node.args[5]  # type: ignore[return-value]
-    arguments = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | dict(node.kwargs)
-    return arguments["input"], arguments.get("bias")  # type: ignore[return-value]
-
-
 def _call(
-    x: fx.Node, stored: StoredWeight, bias: fx.Node | None, dense: list[fx.Node], number: int, context: Context
-) -> fx.Node:
+    x: fx.Node, stored: StoredWeight, bias: fx.Node | None, dense: list[fx.Node], number: int, context: Context,
+    *, gated: bool = False,
+) -> fx.Node:  # fmt: skip
     buffers = [
         add_buffer(context.graph_module, f"patch_{number}_{name}", tensor)
         for name, tensor in zip(("values", "indices", "kinds", "panel_starts"), stored.tensors, strict=True)
     ]
     sizes = (stored.layout, *stored.tile_map.shape, *stored.tile_map.tile)
-    return context.graph_module.graph.call_function(torch.ops.patch.linear.default, (x, *buffers, bias, dense, *sizes))
+    what = torch.ops.patch.gated_linear.default if gated else torch.ops.patch.linear.default
+    return context.graph_module.graph.call_function(what, (x, *buffers, bias, dense, *sizes))
 
 
 def _packed(linear: Linear, number: int, context: Context) -> fx.Node:
     assert linear.source is not None
-    x, bias = _operands(linear.node)
+    x, bias = operands(linear.node)
     stored = linear.source.stored(context.leaf_tensors(linear), linear.layout)
-    inside = bias if bias is not None and _is_vector(bias, linear.shape[0]) else None  # F.linear adds whatever broadcasts
+    inside = bias if bias is not None and is_vector(bias, linear.shape[0]) else None  # F.linear adds whatever broadcasts
     replacement = _call(x, stored, inside, _dense([linear]), number, context)
     if bias is None or inside is not None:
         return replacement
@@ -77,19 +73,9 @@ def _dense(linears: list[Linear]) -> list[fx.Node]:
     return [linear.leaves[0] for linear in linears] if kept else []
 
 
-def _is_vector(bias: fx.Node, length: int) -> bool:
-    example = bias.meta.get("example_value")
-    return isinstance(example, torch.Tensor) and tuple(example.shape) == (length,)
-
-
-def _is_inside(bias: fx.Node, length: int) -> bool:
-    """Whether a bias can be one member's part of a merged one: a vector that is there before the first member runs."""
-    return bias.op in ("placeholder", "get_attr") and _is_vector(bias, length)
-
-
 def _merge(merged: Merged, number: int, context: Context) -> None:
-    """One patch::linear for all members, its output split again. The members' weights become views of the merged one."""
-    graph, members = context.graph_module.graph, merged.members
+    """One launch for all members. The members' weights become views of the merged one."""
+    members = merged.members
     whole, views = merge([_stored(m, context) for m in members])
     for member, view in zip(members, views, strict=True):
         if member.source is not None:
@@ -99,15 +85,40 @@ def _merge(merged: Merged, number: int, context: Context) -> None:
                 buffer = context.values[node]  # type: ignore[index]
                 buffer.data = tensor
                 node.meta[MOVED] = True  # type: ignore[union-attr]
+    if merged.product is not None:
+        _gated(merged, merged.product, whole, number, context)
+    else:
+        _side_by_side(merged, whole, number, context)
+
+
+def _gated(merged: Merged, product: fx.Node, whole: StoredWeight, number: int, context: Context) -> None:
+    """One patch::gated_linear in the place of both projections, of silu and of the product."""
+    graph, members = context.graph_module.graph, merged.members
+    with graph.inserting_before(members[0].node):
+        x, _ = operands(members[0].node)
+        bias = _biases(merged, [False, False], graph)
+        y = _call(x, whole, bias, _dense(members), number, context, gated=True)
+    y.meta = dict(product.meta)
+    product.replace_all_uses_with(y)
+    _erase_dead(graph, product)
+    for member in members:
+        member.node = y
+        for leaf in member.leaves:
+            guard_identity(leaf)
+
+
+def _side_by_side(merged: Merged, whole: StoredWeight, number: int, context: Context) -> None:
+    """One patch::linear, its output split again."""
+    graph, members = context.graph_module.graph, merged.members
     first = members[0]
-    operands = [_operands(m.node) for m in members]
+    taken = [operands(m.node) for m in members]
     sizes = [m.shape[0] for m in members]
     with graph.inserting_before(first.node):
-        outside = [bias is not None and not _is_inside(bias, size) for (_, bias), size in zip(operands, sizes, strict=True)]
-        y = _call(operands[0][0], whole, _biases(merged, outside, graph), _dense(members), number, context)
+        outside = [bias is not None and not is_inside(bias, size) for (_, bias), size in zip(taken, sizes, strict=True)]
+        y = _call(taken[0][0], whole, _biases(merged, outside, graph), _dense(members), number, context)
         y.meta = {k: v for k, v in first.node.meta.items() if k != "example_value"}
     starts = itertools.accumulate(sizes, initial=0)
-    for i, (member, start, (_, bias)) in enumerate(zip(members, starts, operands, strict=False)):
+    for i, (member, start, (_, bias)) in enumerate(zip(members, starts, taken, strict=False)):
         with graph.inserting_before(member.node):
             # a linear's output is contiguous, and what follows was traced with that. Not torch.split: autograd forbids writing
             # in place to one of several views
@@ -127,7 +138,7 @@ def _stored(linear: Linear, context: Context) -> StoredWeight:
 
 def _biases(merged: Merged, outside: list[bool], graph: fx.Graph) -> fx.Node | None:
     """The members' biases one after the other; None where none has one."""
-    biases = [None if out else _operands(m.node)[1] for m, out in zip(merged.members, outside, strict=True)]
+    biases = [None if out else operands(m.node)[1] for m, out in zip(merged.members, outside, strict=True)]
     present = next((b for b in biases if b is not None), None)
     if present is None:
         return None
@@ -140,7 +151,7 @@ def _biases(merged: Merged, outside: list[bool], graph: fx.Graph) -> fx.Node | N
 
 def _folded(linear: Linear, number: int, context: Context) -> fx.Node:
     assert linear.source is not None
-    x, bias = _operands(linear.node)
+    x, bias = operands(linear.node)
     weight = add_buffer(context.graph_module, f"patch_{number}_weight", linear.source.folded(context.leaf_tensors(linear)))
     return context.graph_module.graph.call_function(F.linear, (x, weight, bias))
 

@@ -56,6 +56,8 @@ def _schedule(linear: Linear, context: Context) -> None:
         first = linear.merged.members[0]
         others = ", ".join(m.name.rpartition(".")[2] for m in linear.merged.members if m is not linear)
         linear.reason += f"; one launch with {others}"
+        if linear.merged.product is not None:
+            linear.reason += ", which ends with silu and the product"
         if first is not linear:
             linear.choices = first.choices
             return

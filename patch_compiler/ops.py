@@ -1,4 +1,5 @@
-"""The one opaque operator, `patch::linear`: registration, fake kernel, autograd, autocast.
+"""The opaque operator `patch::linear`, and `patch::gated_linear`, which only graphs use: registration, fake kernels, autograd,
+autocast.
 
 Library.define/impl rather than @custom_op: two to three times cheaper per call. The four tensors are a StoredWeight in the
 given layout; dense is W itself, in one or more parts, where a dense copy is kept. What runs is chosen by layout and number
@@ -16,7 +17,7 @@ from torch import Tensor, library
 
 from codegen import runtime
 from codegen.formats.slabs import Order
-from codegen.kernels import reference
+from codegen.kernels import reference, silu_product
 
 _PACKED = "Tensor values, Tensor indices, Tensor kinds, Tensor panel_starts"
 _SIZES = "str layout, int out_features, int in_features, int tile_rows, int tile_columns"
@@ -24,6 +25,10 @@ _SIZES = "str layout, int out_features, int in_features, int tile_rows, int tile
 _library = library.Library("patch", "DEF")
 _library.define(
     f"linear(Tensor x, {_PACKED}, Tensor? bias, Tensor[] dense, {_SIZES}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
+# silu(gate) * up of two weights of equal height, the gate's over the other's; inference only, outside autocast
+_library.define(
+    f"gated_linear(Tensor x, {_PACKED}, Tensor? bias, Tensor[] dense, {_SIZES}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
 )
 # AOTAutograd traces through a registered backward: its body has to be an opaque operator too
 _library.define(f"linear_dx(Tensor grad, {_PACKED}, {_SIZES}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
@@ -51,23 +56,43 @@ def _check(
         raise RuntimeError(f"patch::linear: dense weights {shapes} for a packed {values.dtype} ({out_features}, {in_features})")
 
 
-def _linear(
+def _compute(
     x: Tensor, values: Tensor, indices: Tensor, kinds: Tensor, panel_starts: Tensor, bias: Tensor | None,
     dense: Sequence[Tensor], layout: str, out_features: int, in_features: int, tile_rows: int, tile_columns: int,
+    *, gated: bool,
 ) -> Tensor:  # fmt: skip
     _check(x, values, bias, dense, out_features, in_features)
     rows = x.reshape(-1, in_features).contiguous()
-    y = x.new_empty((*x.shape[:-1], out_features))  # returned as it is: autograd refuses in-place writes to a view made in here
+    outputs = _gated_features(out_features, tile_rows) if gated else out_features
+    y = x.new_empty((*x.shape[:-1], outputs))  # returned as it is: autograd refuses in-place writes to a view made in here
     bias = None if bias is None else bias.contiguous()
-    out = y.view(rows.shape[0], out_features)
+    out = y.view(rows.shape[0], outputs)
     if layout == "canonical":
-        launch = reference.launch_triton if uses_triton(x.device, x.dtype) else reference.launch_torch
-        sizes = (out_features, in_features, tile_rows, tile_columns)
-        launch(out, rows, values, indices, kinds, panel_starts, bias, *sizes)
+        triton = uses_triton(x.device, x.dtype)
+        launch = reference.launch_triton if triton else reference.launch_torch
+        whole = x.new_empty(rows.shape[0], out_features) if gated else out
+        launch(whole, rows, values, indices, kinds, panel_starts, bias, out_features, in_features, tile_rows, tile_columns)
+        if gated:
+            (silu_product.launch_triton if triton else silu_product.launch_torch)(out, whole)
     else:
         shape, tile = (out_features, in_features), (tile_rows, tile_columns)
-        runtime.layer_of(values, kinds, shape, tile, _order(layout, x)).run(out, rows, values, indices, bias, dense)
+        layer = runtime.layer_of(values, kinds, shape, tile, _order(layout, x))
+        (layer.run_gated if gated else layer.run)(out, rows, values, indices, bias, dense)
     return y
+
+
+def _gated_features(out_features: int, tile_rows: int) -> int:
+    if out_features % (2 * tile_rows):
+        raise RuntimeError(f"patch::gated_linear: {out_features} rows are not two weights of whole tiles of {tile_rows}")
+    return out_features // 2
+
+
+def _linear(x: Tensor, *arguments: Any) -> Tensor:
+    return _compute(x, *arguments, gated=False)
+
+
+def _gated_linear(x: Tensor, *arguments: Any) -> Tensor:
+    return _compute(x, *arguments, gated=True)
 
 
 def _order(layout: str, x: Tensor) -> Order:
@@ -81,6 +106,10 @@ def _order(layout: str, x: Tensor) -> Order:
 def _linear_fake(x: Tensor, *arguments: Any) -> Tensor:
     out_features = arguments[-4]
     return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _gated_linear_fake(x: Tensor, *arguments: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], arguments[-4] // 2))
 
 
 def _linear_dx(
@@ -105,8 +134,10 @@ def _linear_dx_fake(grad: Tensor, *arguments: Any) -> Tensor:
 
 for _device in ("CPU", "CUDA"):
     _library.impl("linear", _linear, _device)
+    _library.impl("gated_linear", _gated_linear, _device)
     _library.impl("linear_dx", _linear_dx, _device)
 library.register_fake("patch::linear", _linear_fake, lib=_library)
+library.register_fake("patch::gated_linear", _gated_linear_fake, lib=_library)
 library.register_fake("patch::linear_dx", _linear_dx_fake, lib=_library)
 
 

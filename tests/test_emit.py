@@ -114,8 +114,11 @@ def test_nothing_else_of_the_family_is_changed(what: Specialisation) -> None:
 
 def test_every_specialisation_has_a_file_of_its_own(tmp_path: Path) -> None:
     made = [
-        Specialisation(Decode(family, tokens, stages, early_start=early), rows, dtype, bias)
-        for family, early in (("hopper", False), ("hopper", True), ("stream", False))
+        Specialisation(Decode(family, tokens, stages, early_start=early), rows, dtype, bias, gated)
+        for family, early, gated in (
+            ("stream", False, False),
+            *(("hopper", e, g) for e in (False, True) for g in (False, True)),
+        )
         for tokens in TOKEN_TILES[:-1]
         for stages in (3, 4)
         for rows in (64, 128)

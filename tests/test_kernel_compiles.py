@@ -67,10 +67,11 @@ from codegen.decode_schedule import Decode
 
 directory = pathlib.Path(sys.argv[1])
 for case in sys.argv[2:]:
-    capability, family, dtype, rows, tokens, stages, ctas_per_sm, early, halves = case.split(":")
+    capability, family, dtype, rows, tokens, stages, ctas_per_sm, early, halves, gated = case.split(":")
     rows, tokens = int(rows), int(tokens)
     schedule = Decode(family, tokens, int(stages), int(ctas_per_sm), early == "True", halves == "True")
-    what = emit.Specialisation(schedule, rows, {"bf16": "bfloat16", "fp16": "float16"}[dtype], True)
+    assert schedule.can_gate or gated == "False"
+    what = emit.Specialisation(schedule, rows, {"bf16": "bfloat16", "fp16": "float16"}[dtype], True, gated == "True")
     module = emit._load(emit.emit(what, directory=directory))
     pointers = {"y_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}", "partials_ptr": "*fp32"}
     pointers |= {"counters_ptr": "*i32", "plan_ptr": "*i32"}
@@ -138,12 +139,12 @@ def test_the_expand_kernel() -> None:
 
 
 def cases(family: str, capabilities: tuple[int, ...], text: str) -> list[str]:
-    """Lines of "dtype rows tokens stages programs-per-SM early|late|halves", dealt to the capabilities in turn or, with *,
-    to each. halves: early too."""
+    """Lines of "dtype rows tokens stages programs-per-SM early|late|halves|gated|both", dealt to the capabilities in turn or,
+    with *, to each. The last three: early too."""
     found = []
     for number, line in enumerate(text.split("\n")):
         dtype, rows, tokens, stages, ctas, early, *every = line.split()
-        flags = str(early != "late"), str(early == "halves")
+        flags = str(early != "late"), str(early in ("halves", "both")), str(early in ("gated", "both"))
         for capability in capabilities if every else (capabilities[number % len(capabilities)],):
             found.append(":".join((str(capability), family, dtype, rows, tokens, stages, ctas, *flags)))
     return found
@@ -176,7 +177,15 @@ bf16 64 16 5 2 early
 fp16 128 16 4 2 early
 bf16 128 16 3 2 late
 bf16 128 8 10 1 halves
-fp16 128 32 6 1 halves"""
+fp16 128 32 6 1 halves
+bf16 128 16 8 1 gated
+bf16 64 8 10 1 gated
+fp16 128 16 8 1 both
+bf16 128 32 6 1 both
+bf16 128 32 6 1 gated
+bf16 128 64 5 1 gated
+bf16 64 64 4 1 gated
+bf16 128 16 4 2 gated"""
 
 
 def shared_as_promised(kernel: Compiled) -> bool:

@@ -17,6 +17,7 @@ import patch_compiler
 from codegen import runtime
 from codegen.formats.slabs import Slabs, from_slabs
 from codegen.gpu import gpu_spec
+from codegen.kernels.silu_product import launch_torch
 from passes import masked_weight, merge_projections, pick_schedules, split_tile_groups
 from patch_compiler import PatchLinear, apply_masks, convert, explain, module, ops, stored
 from patch_compiler.packed import unpack
@@ -48,11 +49,17 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
             assert torch.equal(torch.cat(list(dense)), weight), "the dense copy is another weight"
         y.copy_(F.linear(x.double(), weight.double(), None if bias is None else bias.double()))
 
+    def run_gated(self, y, x, values, metadata, bias, dense=(), schedule=None) -> None:
+        both = x.new_empty(x.shape[0], self.tile_map.shape[0])
+        run(self, both, x, values, metadata, bias, dense)
+        launch_torch(y, both)
+
     for place in (merge_projections, split_tile_groups, stored, module):
         monkeypatch.setattr(place, "layout_for", layout_for)
     for place in (pick_schedules, runtime):
         monkeypatch.setattr(place, "this_gpu", lambda index=0: gpu_spec("h100", "3.9.0"))
     monkeypatch.setattr(runtime.Layer, "run", run)
+    monkeypatch.setattr(runtime.Layer, "run_gated", run_gated)
     monkeypatch.setattr(ops, "_order", lambda layout, x: layout)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
@@ -131,11 +138,12 @@ def right(y: Tensor, block: nn.Module, *x: Tensor) -> None:
 
 
 def calls(graph_module: fx.GraphModule) -> list[fx.Node]:
-    return [n for n in graph_module.graph.nodes if n.target is torch.ops.patch.linear.default]
+    ours = torch.ops.patch.linear.default, torch.ops.patch.gated_linear.default
+    return [n for n in graph_module.graph.nodes if n.target in ours]
 
 
 def launched(graph_module: fx.GraphModule) -> list[int]:
-    """out_features of each patch::linear of a graph."""
+    """Rows of the weight of each launch of a graph."""
     return [n.args[8] for n in calls(graph_module)]
 
 
@@ -160,7 +168,7 @@ def test_one_launch_for_each_input(form: str, bias: str, graphs: list) -> None:
     reasons = {s.name: s.reason for s in explain(block).sites}
     assert reasons["q"].endswith("; one launch with k, v")
     assert reasons["v"].endswith("; one launch with q, k")
-    assert reasons["gate"].endswith("; one launch with up")
+    assert reasons["gate"].endswith("; one launch with up, which ends with silu and the product")
     assert "launch" not in reasons["down"]
     schedules = {s.name: s.schedules for s in explain(block).sites}
     assert schedules["q"] == schedules["k"] == schedules["v"] != schedules["gate"]

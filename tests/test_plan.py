@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -35,7 +36,7 @@ class Segment:
     """One segment as a CTA reads it, with its stages (slab, metadata row, first block, second block)."""
 
     def __init__(self, row: list[int], cta: int, stages: list[list[int]]) -> None:
-        self.panel, self.dense, self.sparse, self.part, self.first_part, self.parts = row[:6]
+        self.panel, self.dense, self.sparse, self.part, self.first_part, self.parts, self.first_of_second = row[:7]
         self.cta, self.stages = cta, stages
 
     def __repr__(self) -> str:
@@ -200,10 +201,10 @@ def dense_slab_columns(slabs: Slabs) -> list[tuple[Tensor, int]]:
     return found
 
 
-def run_plan(plan: WorkPlan, slabs: Slabs, x: Tensor, split: bool = False) -> Tensor:
+def run_plan(plan: WorkPlan, slabs: Slabs, x: Tensor, split: bool = False, gated: bool = False) -> Tensor:
     """Y [T, M] in float64: each CTA multiplies its stages, parts are added in the plan's order by the last to arrive.
 
-    split: a plan of half panels.
+    split: a plan of half panels. gated: Y [T, M / 2] is silu of the first half times the second.
     """
     out_features, in_features = slabs.tile_map.shape
     rows, blocks = slabs.map.rows // (2 if split else 1), -(-in_features // 64)
@@ -227,13 +228,15 @@ def run_plan(plan: WorkPlan, slabs: Slabs, x: Tensor, split: bool = False) -> Te
             counters[segment.panel] += 1
             if counters[segment.panel] < segment.parts:
                 continue
-            acc = partials[segment.first_part : segment.first_part + segment.parts].sum(0)
+            parts = partials[segment.first_part : segment.first_part + segment.parts]
+            middle = segment.first_of_second - segment.first_part
+            acc = F.silu(parts[:middle].sum(0)) * parts[middle:].sum(0) if gated else parts.sum(0)
             counters[segment.panel] = 0
         target = y[:, segment.panel * rows : (segment.panel + 1) * rows]
         assert target.isnan().all(), f"panel {segment.panel} is written twice"
         target.copy_(acc.T)
     assert not any(counters)
-    return y[:, :out_features]
+    return y[:, : out_features // (2 if gated else 1)]
 
 
 @settings(max_examples=25)
@@ -265,3 +268,39 @@ def test_half_panels_are_dealt_like_panels(mask, ctas: int, seed: int) -> None:
     x = random_weight((5, mask.tile_map.shape[1]), torch.bfloat16, seed + 1)
     y = run_plan(plan, slabs, x, split=True)
     torch.testing.assert_close(y, x.double() @ unpack(from_slabs(slabs)).double().T, atol=1e-9, rtol=1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    panels=st.integers(1, 5),
+    inputs=st.integers(1, 500),
+    tile=st.sampled_from((64, 128)),
+    ctas=all_ctas,
+    halves=st.booleans(),
+    zero=st.floats(0, 1),
+    seed=st.integers(0, 2**31),
+)
+@example(panels=1, inputs=64, tile=64, ctas=132, halves=False, zero=1.0, seed=0)
+def test_a_gate_and_what_it_gates_meet(
+    panels: int, inputs: int, tile: int, ctas: int, halves: bool, zero: float, seed: int
+) -> None:
+    """Panel p of both weights is one panel of outputs, with a place in memory for every part, the gate's first."""
+    generator = torch.Generator().manual_seed(seed)
+    shape, halves = (2 * panels * tile, inputs), halves and tile == 128
+    kinds = torch.randint(3, TileMap.grid_of(shape, (tile, tile)), generator=generator, dtype=torch.uint8)
+    kinds[torch.rand(2 * panels, generator=generator) < zero] = int(TileKind.ZERO)
+    mask = HardMask.select(TileMap(shape, (tile, tile), kinds), torch.rand(shape, generator=generator))
+    packed = pack(random_weight(shape, torch.bfloat16, seed), mask)
+    slabs, x = to_slabs(packed, "rows"), torch.randn(3, inputs, dtype=torch.float64)
+    plan = work_plan(slabs.map, ctas, COST, halves=halves, gated=True)
+    assert plan.panels == panels * (2 if halves else 1)
+    segments = [s for mine in segments_of(plan) for s in mine]
+    assert sorted(s.part for s in segments) == list(range(plan.parts)), "even a panel that one CTA has alone"
+    both = x @ unpack(packed).double().T
+    wanted = F.silu(both[:, : panels * tile]) * both[:, panels * tile :]
+    torch.testing.assert_close(run_plan(plan, slabs, x, halves, gated=True), wanted, atol=1e-9, rtol=1e-9)
+
+
+def test_one_weight_alone_is_not_gated() -> None:
+    with pytest.raises(ValueError, match="have 3"):
+        work_plan(slab_map(TileMap.full((192, 64), TileKind.DENSE, 64)), 2, COST, gated=True)

@@ -5,7 +5,8 @@ it multiplies, cut into segments that end with a panel. One warp keeps the ring 
 always has STAGES slabs to fetch; the others run a segment's dense slabs, then its sparse slabs, into one accumulator.
 
 Panels that several CTAs share: each writes its part, the last to arrive adds all parts in the plan's order, so the result
-does not depend on who was last.
+does not depend on who was last. In a gated launch (a gate and an up projection, one below the other) panel p of both is such
+a panel: the last to arrive adds the gate's parts and the up projection's, and writes silu(gate) * up.
 """
 
 # mypy: ignore-errors
@@ -30,6 +31,7 @@ TOKENS = gl.constexpr(16)  # of the token tile; X is padded with zeros by TMA
 STAGES = gl.constexpr(8)  # slabs in flight
 PARTS_AT_ONCE = gl.constexpr(4)  # loads in flight when parts are added up
 HAS_BIAS = gl.constexpr(False)
+GATED = gl.constexpr(False)  # Y = silu(W₀·X + b₀) * (W₁·X + b₁), W₁ below W₀: parts of both meet in one panel
 HALVES = gl.constexpr(False)  # ROWS is half a panel's: slabs are counted in halves
 EARLY_START = gl.constexpr(False)  # programmatic dependent launch: fetch weights while the kernel before still runs
 SPARSE_PRODUCT = gl.constexpr(wgmma_sp.slab_product(16, "bf16"))
@@ -125,6 +127,20 @@ def _add_parts(own, partials_ptr, part, first_part, n_parts, offsets, acc_layout
 
 
 @gluon.jit
+def _with_bias(acc, bias_ptr, feature, inside):
+    if HAS_BIAS:
+        acc += gl.load(bias_ptr + feature, mask=inside, other=0.0).to(gl.float32)[:, None]
+    return acc
+
+
+@gluon.jit
+def _silu_product(gate, up):
+    """What a kernel of its own would make of the two stored outputs, so both are rounded to DTYPE first."""
+    gate = gate.to(DTYPE).to(gl.float32)
+    return gate / (1.0 + gl.exp(-gate)) * up.to(DTYPE).to(gl.float32)
+
+
+@gluon.jit
 def _consume(
     y_ptr,
     bias_ptr,
@@ -158,6 +174,8 @@ def _consume(
         first_part = gl.load(segment + 4)
         n_parts = gl.load(segment + 5)
         segment += SEGMENT
+        if GATED:
+            first_of_up = gl.load(segment - SEGMENT + 6)
         acc = gl.zeros([ROWS, TOKENS], gl.float32, acc_layout)
         for _ in range(n_dense):
             mbarrier.wait(ready.index(slot), phase)
@@ -176,6 +194,7 @@ def _consume(
             phase = phase ^ (slot == STAGES).to(gl.int32)
             slot = gl.where(slot == STAGES, 0, slot)
 
+        feature = panel * ROWS + row_in_panel
         complete = n_parts == 1
         if n_parts > 1:
             line = _as_held(acc)
@@ -184,12 +203,19 @@ def _consume(
             gl.barrier()
             complete = gl.atomic_add(counters_ptr + panel, 1, sem="acq_rel") == n_parts - 1
             if complete:
-                acc = _add_parts(line, partials_ptr, part, first_part, n_parts, offsets, acc_layout)
+                if GATED:
+                    n_gate = first_of_up - first_part
+                    gate = _add_parts(line, partials_ptr, part, first_part, n_gate, offsets, acc_layout)
+                    gate = _with_bias(gate, bias_ptr, feature, feature < out_features)
+                    acc = _add_parts(line, partials_ptr, part, first_of_up, n_parts - n_gate, offsets, acc_layout)
+                    acc = _with_bias(acc, bias_ptr + out_features, feature, feature < out_features)
+                    acc = _silu_product(gate, acc)
+                else:
+                    acc = _add_parts(line, partials_ptr, part, first_part, n_parts, offsets, acc_layout)
                 gl.store(counters_ptr + panel, 0)  # as the next launch wants it
         if complete:
-            feature = panel * ROWS + row_in_panel
-            if HAS_BIAS:
-                acc += gl.load(bias_ptr + feature, mask=feature < out_features, other=0.0).to(gl.float32)[:, None]
+            if not GATED:
+                acc = _with_bias(acc, bias_ptr, feature, feature < out_features)
             if TOKENS < 32:
                 inside = (feature < out_features)[:, None] & (token < tokens)[None, :]
                 gl.store(y_ptr + token[None, :] * out_features + feature[:, None], acc.to(DTYPE), mask=inside)
@@ -197,10 +223,10 @@ def _consume(
                 # through shared memory, so that a thread writes eight neighbours: the registers hold two bytes here and there
                 y_layout: gl.constexpr = gl.BlockedLayout([8, 1], [ROWS // 8, 256 // ROWS], [1, WARPS], [0, 1])
                 y = gl.convert_layout(acc.to(DTYPE), y_layout)
-                feature = panel * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, y_layout))
+                y_feature = panel * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, y_layout))
                 y_token = gl.arange(0, TOKENS, gl.SliceLayout(0, y_layout))
-                inside = (feature < out_features)[:, None] & (y_token < tokens)[None, :]
-                gl.store(y_ptr + y_token[None, :] * out_features + feature[:, None], y, mask=inside)
+                inside = (y_feature < out_features)[:, None] & (y_token < tokens)[None, :]
+                gl.store(y_ptr + y_token[None, :] * out_features + y_feature[:, None], y, mask=inside)
 
 
 @gluon.jit(do_not_specialize=["plan_stride", "stages_offset", "parts", "panels", "tokens"])
@@ -209,7 +235,7 @@ def hopper_decode(
     parts, panels, tokens, out_features,
 ):  # fmt: skip
     """x [tokens, K], values [slabs * rows, 64], metadata [sparse slabs * 2, 2 * rows] through TMA, rows of a panel; y [tokens,
-    out_features].
+    out_features], bias [out_features], or of both weights of a gated launch.
 
     Grid: rows of the plan, token tiles; ROWS / 16 warps. partials: float32, `parts` of ROWS * TOKENS for each token tile;
     counters: int32, `panels` for each token tile, zero before and after.

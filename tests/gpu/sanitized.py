@@ -16,6 +16,7 @@ from codegen.gpu import this_gpu
 from codegen.tensor_schedule import TENSOR_TILES, TensorPrefill
 from tests.strategies import random_hard_mask
 
+from . import test_gated
 from .test_decode import ORDER, TOLERANCE, Case
 from .test_prefill import SCHEDULES, cut_everywhere
 
@@ -35,6 +36,12 @@ def main() -> None:
                     print(family, tile, shape, dtype, schedule, f"{error:.1e}", flush=True)
                 case.layer.dense(case.slabs.values, case.slabs.metadata)
     if this_gpu().runs_hopper:
+        for halves in (False, True):
+            case = Case(random_hard_mask((512, 1096), 128), torch.bfloat16, "rows")
+            ending, x = Decode("hopper", 16, 3, 1, True, halves), case.x(13)
+            error = test_gated.error(case, x, test_gated.gated(case, x, ending))
+            assert error < 3e-3, (ending, error)
+            print("gated", ending, f"{error:.1e}", flush=True)
         cut_everywhere(pytest.MonkeyPatch())
         for rows, schedules in SCHEDULES.items():
             case = Case(random_hard_mask((3 * rows - 24, 1096), (rows, 128)), torch.bfloat16, "rows")

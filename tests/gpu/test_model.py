@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch import nn
 
+from codegen.gpu import this_gpu
 from patch_compiler import apply_masks, convert, explain, named_linears
 from patch_compiler.linears import weight_of
 
@@ -70,6 +71,8 @@ def test_logits_in_bf16(way: str, hidden: int, kv_heads: int) -> None:
     assert all(site.runs == "hybrid kernels" for site in sites)
     assert sum("one launch with k_proj, v_proj" in site.reason for site in sites) == (3 if hidden == 512 else 0)
     assert sum("one launch with up_proj" in site.reason for site in sites) == 3
+    by_hopper = this_gpu().order == "rows"
+    assert sum("ends with silu and the product" in site.reason for site in sites) == (3 if by_hopper else 0)
 
 
 def allocated() -> int:
