@@ -1,0 +1,188 @@
+"""docs/results.md says what the committed results say; every kind of results file has a renderer, its pictures are sound."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.charts import Axes, Bar, Field, Series, bar_chart, line_chart
+from benchmarks.readme import RESULTS, ROOT
+from benchmarks.results_page import __main__ as command
+from benchmarks.results_page.page import RENDERERS, UnknownResults, page
+from benchmarks.results_page.section import FIGURES, markdown_table
+from benchmarks.svg import SERIES
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def facts(program: str) -> dict[str, str]:
+    return {
+        "date": "2026-01-02 03:04 UTC", "command": f"python -m {program} --fast", "commit": "0123abc", "device": "A GPU, 80 GB",
+        "python": "3.12", "torch": "2.13.0", "triton": "3.9.0", "transformers": "5.0.0",
+    }  # fmt: skip
+
+
+def a_time() -> float:
+    return round(random.uniform(1, 99), 3)
+
+
+def compile_times() -> dict[str, object]:
+    run = {"pack_s": a_time(), "compile_s": a_time(), "runs": {"hybrid kernels": 9}, "gpu_bytes": 4_200_000_000}
+    return {"layers": 3, "sparsity": 0.45} | {what: {"cold": run, "warm": dict(run)} for what in ("patch", "dense")}
+
+
+def a_variant(name: str, gpu: bool) -> dict[str, object]:
+    found = {key: a_time() for key in ("tokens_per_s", "step_ms", "first_token_ms", "weights_gb_s", "first_call_s")}
+    return found | {
+        "name": name, "long_first_token_ms": a_time() if gpu else None, "weight_bytes": 10**9,
+        "peak_bytes": 2 * 10**9 if gpu else None,
+    }  # fmt: skip
+
+
+def whole_models(gpu: bool) -> dict[str, object]:
+    rows = [a_variant(name, gpu) for name in ("dense, eager", "dense, inductor", "patch 45 %")]
+    return {
+        "model": "m",
+        "note": "Weights random.",
+        "workload": {"batch": 1, "prompt": 2, "new": 3},
+        "dtype": "x",
+        "rows": rows,
+    }
+
+
+def a_row(kind: str, method: str, sparsity: float, **more: object) -> dict[str, object]:
+    return {
+        "name": f"{method} {sparsity}", "kind": kind, "method": method, "pattern": "hybrid", "sparsity": sparsity, "tile": 128,
+        "include": None, "seed": 0, "settings": [], "heldout": a_time(), "reached": sparsity, "seconds": a_time(),
+        "peak_gb": 0.0, **more,
+    }  # fmt: skip
+
+
+def study() -> dict[str, object]:
+    rows = [a_row("dense", "dense", 0.0, pattern="")]
+    rows += [a_row("one-shot", method, s) for method in ("wanda", "sparsegpt") for s in (0.25, 0.45)]
+    rows += [a_row("learned", "joint", 0.45, seed=1), a_row("learned", "joint", 0.45)]
+    return {"settings": {"steps": 1, "batch": 2, "context": 3}, "model": "m", "note": "", "rows": rows}
+
+
+MADE_UP = {
+    "benchmarks.compile_time": [compile_times()],
+    "patch_compiler.bench": [whole_models(True), whole_models(False)],
+    "benchmarks.quality.study": [study(), study() | {"rows": []}],
+}
+
+
+def test_the_committed_page_is_what_the_committed_results_give() -> None:
+    files = page(RESULTS)
+    for name, text in files.items():
+        assert (ROOT / "docs" / name).read_text(encoding="utf-8") == text, f"docs/{name}: run make docs"
+    there = {f"{FIGURES}/{path.name}" for path in (ROOT / "docs" / FIGURES).iterdir()}
+    assert there == set(files) - {"results.md"}
+
+
+def test_an_edited_number_changes_the_page(tmp_path) -> None:
+    for path in RESULTS.glob("*.json"):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["provenance"]["commit"] = "fedcba9"
+        (tmp_path / path.name).write_text(json.dumps(record), encoding="utf-8")
+    edited = page(tmp_path)
+    assert set(edited) == set(page(RESULTS))
+    assert all("fedcba9" in text for text in edited.values())
+
+
+def test_the_command_writes_everything_and_removes_old_pictures(tmp_path) -> None:
+    old = tmp_path / FIGURES / "of-a-file-that-is-gone.svg"
+    old.parent.mkdir(parents=True)
+    old.write_text("<svg/>", encoding="utf-8")
+    command.write(tmp_path, RESULTS)
+    written = {str(p.relative_to(tmp_path)): p.read_text(encoding="utf-8") for p in tmp_path.rglob("*") if p.is_file()}
+    assert written == page(RESULTS)
+
+
+@pytest.mark.parametrize(
+    ("program", "record"), [(program, record) for program, records in MADE_UP.items() for record in records]
+)
+def test_kinds_without_committed_results(program: str, record: dict[str, object], tmp_path) -> None:
+    path = tmp_path / "some-gpu.json"
+    path.write_text(json.dumps({"provenance": facts(program), **record}), encoding="utf-8")
+    files = page(tmp_path)
+    assert f"`python -m {program} --fast` on A GPU, 80 GB; torch 2.13.0" in files["results.md"]
+    for name, svg in files.items():
+        if name.endswith(".svg"):
+            assert f"({name})" in files["results.md"]
+            ElementTree.fromstring(svg)
+
+
+def test_every_renderer_is_tested() -> None:
+    committed = {json.loads(p.read_text(encoding="utf-8"))["provenance"]["command"].split()[2] for p in RESULTS.glob("*.json")}
+    assert set(RENDERERS) == committed | set(MADE_UP)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"provenance": facts("benchmarks.soak")}, r"strange\.json: results of 'benchmarks\.soak'.*benchmarks\.decode"),
+        ({"provenance": {}}, r"strange\.json: its provenance names no command"),
+        ([], r"strange\.json: its provenance names no command"),
+    ],
+)
+def test_unknown_kinds_are_one_error(record: object, message: str, tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "strange.json").write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(UnknownResults, match=message):
+        page(tmp_path)
+    docs = tmp_path / "docs"
+    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    monkeypatch.setattr(command, "DOCS", docs)
+    assert command.main() == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not docs.exists()
+
+
+def test_pictures_follow_light_and_dark() -> None:
+    for name, svg in page(RESULTS).items():
+        if name.endswith(".svg"):
+            assert "@media (prefers-color-scheme: dark)" in svg
+            root = ElementTree.fromstring(svg)
+            painted = [e for e in root.iter() if e.tag != f"{SVG}style" and e.get("fill") not in (None, "none")]
+            assert all(re.search(r"\bf-\w+", e.get("class", "")) for e in painted)
+
+
+@given(st.dictionaries(st.integers(1, 64), st.floats(0.5, 2.0), min_size=1, max_size=7), st.text("ab<&>\"'|é", max_size=9))
+def test_lines_go_through_their_points(points: dict[float, float], name: str) -> None:
+    axes = Axes("x", 0.5, 2.0, 0.5)
+    svg = line_chart(name, name, {name: Series({}, SERIES[0])}, [[Field(name, [Series(points, SERIES[0])])]], axes, name)
+    lines = [e.get("points", "").split() for e in ElementTree.fromstring(svg).iter(f"{SVG}polyline")]
+    drawn = [tuple(map(float, p.split(","))) for p in lines[-1]]
+    assert len(drawn) == len(points)
+    assert [x for x, _ in drawn] == sorted(x for x, _ in drawn)
+    ends = list(zip((y for _, y in sorted(points.items())), (y for _, y in drawn), strict=True))
+    for (value, height), (following, its_height) in pairwise(ends):
+        assert (value - following) * (height - its_height) <= 0  # what is larger stands higher, at a smaller y
+
+
+@given(st.lists(st.floats(0, 1e6), max_size=9))
+def test_bars_are_as_long_as_their_values(values: list[float]) -> None:
+    svg = bar_chart("t", "m", {"": [Bar("n", v, "l") for v in values]}, "o")
+    lengths = [float(e.get("width", "")) for e in list(ElementTree.fromstring(svg).iter(f"{SVG}rect"))[1:]]
+    longest = max(values, default=0) or 1
+    assert lengths == pytest.approx([v / longest * max(lengths, default=0) for v in values], abs=0.11)
+
+
+def test_cells_stay_in_their_column() -> None:
+    table = markdown_table(["a", "b"], [["x|y", "line\nbreak"], [None, 1.5]])
+    assert table.splitlines() == ["| a | b |", "|---|---|", r"| x\|y | line break |", "| – | 1.5 |"]
+
+
+def test_no_results_no_sections(tmp_path) -> None:
+    assert set(page(tmp_path)) == {"results.md"}
+    shutil.copy(RESULTS / "demo-cpu.json", tmp_path)
+    assert "## Demo" in page(Path(tmp_path))["results.md"]
