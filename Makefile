@@ -29,9 +29,10 @@ lint: $(NEEDS_INSTALL)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-# docs/results.md, its pictures and README's tables, from benchmarks/results/.
+# docs/results.md, the pictures and README's tables, from benchmarks/results/ and the code.
 docs: $(NEEDS_INSTALL)
 	$(RUN) -m benchmarks.results_page
+	$(RUN) -m benchmarks.weight_to_kernel
 
 # Tests and benchmarks that need a GPU, in one go; the numbers go to benchmarks/results/. Most of the tests' time is
 # compilation: with pytest-xdist installed, make gpu PYTEST_ADDOPTS="-n 8" is several times faster.
