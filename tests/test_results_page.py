@@ -74,7 +74,33 @@ def study() -> dict[str, object]:
     return {"settings": {"steps": 1, "batch": 2, "context": 3}, "model": "m", "note": "", "rows": rows}
 
 
+def learning_cost() -> dict[str, object]:
+    row = {
+        "size": "1b", "mode": "tile", "precision": "float32", "weights": 9, "windows": 1, "context": 2, "dense_ms": a_time(),
+        "step_ms": a_time(), "peak_gb": a_time(), "bytes_per_weight": a_time(),
+    }  # fmt: skip
+    return {
+        "rows": [row | {"eager_ms": a_time(), "eager_bytes_per_weight": a_time()}, row | {"mode": "joint", "eager_ms": None}]
+    }
+
+
+def one_shot_cost(gpu: bool) -> dict[str, object]:
+    row = {"method": "thanos", "pattern": "2:4", "seconds_per_block": a_time(), "seconds": {}, "repeats": [a_time()]}
+    return {"block": {"hidden": 4, "mlp": 8, "tokens": 16}, "rows": [row | {"peak_gb": a_time() if gpu else None}]}
+
+
+def soak(gpu: bool) -> dict[str, object]:
+    memory = {"gpu_bytes": 10**9 if gpu else 0, "resident_bytes": 2 * 10**9}
+    return {
+        "model": "m", "sparsity": 0.45, "requests": 7, "compared": 2, "tokens": 99, "wrong_tokens": 0, "largest_error": 1e-2,
+        "dense_largest_error": 1e-2, "settled": memory, "end": memory, "seconds": a_time(), "graphs": 1, "grew": False,
+    }  # fmt: skip
+
+
 MADE_UP = {
+    "benchmarks.learning_cost": [learning_cost()],
+    "benchmarks.one_shot_cost": [one_shot_cost(True), one_shot_cost(False)],
+    "benchmarks.soak": [soak(True), soak(False)],
     "benchmarks.compile_time": [compile_times()],
     "patch_compiler.bench": [whole_models(True), whole_models(False)],
     "benchmarks.quality.study": [study(), study() | {"rows": []}],
@@ -127,10 +153,19 @@ def test_every_renderer_is_tested() -> None:
     assert set(RENDERERS) == committed | set(MADE_UP)
 
 
+def test_every_program_that_writes_results_has_a_renderer() -> None:
+    """Autotune writes tables for the cost model, not results for people."""
+    sources = [
+        p.read_text(encoding="utf-8") for folder in ("benchmarks", "patch_compiler") for p in (ROOT / folder).rglob("*.py")
+    ]
+    programs = {name for text in sources if "write_results(" in text for name in re.findall(r'provenance\("([\w.]+)"', text)}
+    assert programs - {"patch_compiler.autotune"} == set(RENDERERS)
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"provenance": facts("benchmarks.soak")}, r"strange\.json: results of 'benchmarks\.soak'.*benchmarks\.decode"),
+        ({"provenance": facts("benchmarks.tea")}, r"strange\.json: results of 'benchmarks\.tea'.*benchmarks\.decode"),
         ({"provenance": {}}, r"strange\.json: its provenance names no command"),
         ([], r"strange\.json: its provenance names no command"),
     ],
@@ -180,6 +215,15 @@ def test_bars_are_as_long_as_their_values(values: list[float]) -> None:
 def test_cells_stay_in_their_column() -> None:
     table = markdown_table(["a", "b"], [["x|y", "line\nbreak"], [None, 1.5]])
     assert table.splitlines() == ["| a | b |", "|---|---|", r"| x\|y | line break |", "| – | 1.5 |"]
+
+
+def test_decode_results_of_other_models_have_no_means(tmp_path) -> None:
+    record = json.loads((RESULTS / "decode-h100.json").read_text(encoding="utf-8"))
+    record |= {"summary": [], "rows": [row | {"model": "another"} for row in record["rows"]], "not_measured": ["one", "two"]}
+    (tmp_path / "decode.json").write_text(json.dumps(record), encoding="utf-8")
+    files = page(tmp_path)
+    assert "Not measured: 2 of the cases" in files["results.md"]
+    assert "another, 45 %" in files[f"{FIGURES}/decode-roofline.svg"]
 
 
 def test_no_results_no_sections(tmp_path) -> None:

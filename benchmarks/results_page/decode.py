@@ -19,10 +19,11 @@ def section(name: str, record: Record) -> Section:
     said = [*_extremes(summary), _with_dense(summary), _cusparselt(record), _losses(rows), _misses(summary)]
     if record["not_measured"]:
         said.append(f"Not measured: {len(record['not_measured'])} of the cases asked for; the results file names them.")
-    said.append(
-        f"Reading device memory and nothing else reaches {record['ceilings']['read_gb_s']:.0f} GB/s; at that rate the bytes "
-        f"that a launch must read would take {_bound(summary)} of its time (geometric means)."
-    )
+    if summary:
+        said.append(
+            f"Reading device memory and nothing else reaches {record['ceilings']['read_gb_s']:.0f} GB/s; at that rate the "
+            f"bytes that a launch must read would take {_bound(summary)} of its time (geometric means)."
+        )
     figures = {f"{name}-speedup.svg": speedups(record), f"{name}-roofline.svg": roofline(record)}
     parts = [
         means(record),

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from . import agreement, compile_time, decode, demo, models, pick_quality, quality
+from . import agreement, compile_time, decode, demo, learning_cost, models, one_shot_cost, pick_quality, quality, soak
 from .section import FIGURES, Record, Section
 
 # the program that writes the file, as its provenance names it -> (name of the file, record) -> its section; in the page's order
@@ -21,6 +21,9 @@ RENDERERS: dict[str, Callable[[str, Record], Section]] = {
     "benchmarks.agreement": agreement.section,
     "benchmarks.pick_quality": pick_quality.section,
     "benchmarks.compile_time": compile_time.section,
+    "benchmarks.soak": soak.section,
+    "benchmarks.learning_cost": learning_cost.section,
+    "benchmarks.one_shot_cost": one_shot_cost.section,
 }
 HEAD = """# Results
 

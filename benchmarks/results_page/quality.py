@@ -29,11 +29,11 @@ def section(name: str, record: Record) -> Section:
 
 
 def _picture(record: Record) -> str:
-    """Plain hybrid rows in tiles of 128, of the first seed; the others are in the table."""
+    """Plain rows in tiles of 128, of the first seed, 2:4 everywhere as their end at 50 %; the others are in the table."""
     curves: dict[str, dict[float, float]] = {}
     for row in record["rows"]:
         plain = row["tile"] == 128 and row["include"] is None and not row["settings"] and row["seed"] == 0
-        if plain and (row["kind"] == "learned" or row["pattern"] == "hybrid"):
+        if plain and (row["kind"] == "learned" or row["pattern"] in ("hybrid", "2:4")):
             curves.setdefault(row["method"], {})[100 * row["sparsity"]] = row["heldout"]
     dense = next((row["heldout"] for row in record["rows"] if row["kind"] == "dense"), None)
     lines = {method: Series(points, SERIES[i % len(SERIES)]) for i, (method, points) in enumerate(curves.items())}
