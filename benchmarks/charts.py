@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from .svg import GRID, INK, QUIET, SERIES, Paint, box, document, dot, line, text
 
-LEAST_FIELD, MOST_FIELD = 230, 360  # width of a field of lines, pixels
+LEAST_FIELD, MOST_FIELD = 230, 480  # width of a field of lines, pixels
 SHAPE = 0.74  # of a field: height over width
 LEFT, RIGHT, TOP, BOTTOM = 44, 12, 26, 34  # around its axes
 LEAST_WIDTH = 740

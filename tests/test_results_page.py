@@ -68,7 +68,7 @@ def a_row(kind: str, method: str, sparsity: float, **more: object) -> dict[str, 
 
 
 def study() -> dict[str, object]:
-    rows = [a_row("dense", "dense", 0.0, pattern="")]
+    rows = [a_row("dense", "dense", 0.0, pattern="", heldout=99.0)]
     rows += [a_row("one-shot", method, s) for method in ("wanda", "sparsegpt") for s in (0.25, 0.45)]
     rows += [a_row("learned", "joint", 0.45, seed=1), a_row("learned", "joint", 0.45)]
     return {"settings": {"steps": 1, "batch": 2, "context": 3}, "model": "m", "note": "", "rows": rows}
@@ -97,13 +97,19 @@ def soak(gpu: bool) -> dict[str, object]:
     }  # fmt: skip
 
 
+def far_worse(record: dict[str, object]) -> dict[str, object]:
+    """A study with a row that would flatten all curves."""
+    rows: list[dict[str, object]] = record["rows"]  # type: ignore[assignment]
+    return record | {"rows": [*rows, a_row("one-shot", "magnitude", 0.5, pattern="2:4", heldout=123456.78)]}
+
+
 MADE_UP = {
     "benchmarks.learning_cost": [learning_cost()],
     "benchmarks.one_shot_cost": [one_shot_cost(True), one_shot_cost(False)],
     "benchmarks.soak": [soak(True), soak(False)],
     "benchmarks.compile_time": [compile_times()],
     "patch_compiler.bench": [whole_models(True), whole_models(False)],
-    "benchmarks.quality.study": [study(), study() | {"rows": []}],
+    "benchmarks.quality.study": [study(), study() | {"rows": []}, far_worse(study())],
 }
 
 
@@ -146,6 +152,15 @@ def test_kinds_without_committed_results(program: str, record: dict[str, object]
         if name.endswith(".svg"):
             assert f"({name})" in files["results.md"]
             ElementTree.fromstring(svg)
+
+
+def test_what_is_off_the_chart_is_said(tmp_path) -> None:
+    (tmp_path / "study.json").write_text(
+        json.dumps({"provenance": facts("benchmarks.quality.study"), **far_worse(study())}), encoding="utf-8"
+    )
+    files = page(tmp_path)
+    assert "| 123456.78 |" in files["results.md"]
+    assert "; 1 above " in files[f"{FIGURES}/study.svg"]
 
 
 def test_every_renderer_is_tested() -> None:

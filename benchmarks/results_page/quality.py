@@ -7,6 +7,8 @@ from ..origin import origin
 from ..svg import INK, SERIES
 from .section import Record, Section, figure, markdown_table, where_from
 
+LIMIT = 8  # times the dense perplexity: what is worse would flatten all other curves
+
 
 def section(name: str, record: Record) -> Section:
     settings, picture = record["settings"], f"{name}.svg"
@@ -36,14 +38,17 @@ def _picture(record: Record) -> str:
         if plain and (row["kind"] == "learned" or row["pattern"] in ("hybrid", "2:4")):
             curves.setdefault(row["method"], {})[100 * row["sparsity"]] = row["heldout"]
     dense = next((row["heldout"] for row in record["rows"] if row["kind"] == "dense"), None)
-    lines = {method: Series(points, SERIES[i % len(SERIES)]) for i, (method, points) in enumerate(curves.items())}
-    highest = max([y for points in curves.values() for y in points.values()] + [dense or 1.0])
-    step = _step(highest)
+    limit = LIMIT * dense if dense is not None else float("inf")
+    shown = {method: {x: y for x, y in points.items() if y <= limit} for method, points in curves.items()}
+    lines = {method: Series(points, SERIES[i % len(SERIES)]) for i, (method, points) in enumerate(shown.items())}
+    highest = max([y for points in shown.values() for y in points.values()] + [dense or 1.0])
+    above = sum(map(len, curves.values())) - sum(map(len, shown.values()))
+    meaning = "hybrid dense/2:4 in tiles of 128; lower is better"
     legend = lines | ({"dense": Series({}, INK, "4 3", thin=True)} if dense is not None else {})
     return line_chart(
-        "Perplexity by sparsity", "hybrid dense/2:4 in tiles of 128; lower is better", legend,
-        [[Field("held-out text", list(lines.values()), dense)]], Axes("sparsity, %", 0, highest * 1.05, step),
-        origin(record["provenance"]),
+        "Perplexity by sparsity", f"{meaning}; {above} above {limit:.0f} in the table only" if above else meaning, legend,
+        [[Field("held-out text", [s for s in lines.values() if s.points], dense)]],
+        Axes("sparsity, %", 0, highest * 1.05, _step(highest)), origin(record["provenance"]),
     )  # fmt: skip
 
 
