@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import weight_to_kernel
 from benchmarks.readme import ROOT
+from passes import PASSES
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
@@ -63,6 +64,11 @@ def test_broken_links_are_found(tmp_path) -> None:
 def test_every_page_is_linked_from_readme() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [p.name for p in DOCS.glob("*.md") if f"(docs/{p.name}" not in readme] == []
+
+
+def test_the_passes_stand_in_their_order() -> None:
+    listed = re.findall(r"^\d\. \[`(\w+)`\]\(\.\./passes/", (DOCS / "how-it-works.md").read_text("utf-8"), re.M)
+    assert listed == [run.__module__.removeprefix("passes.") for run in PASSES]
 
 
 def test_the_picture_is_drawn_by_this_code() -> None:
