@@ -103,7 +103,22 @@ def far_worse(record: dict[str, object]) -> dict[str, object]:
     return record | {"rows": [*rows, a_row("one-shot", "magnitude", 0.5, pattern="2:4", heldout=123456.78)]}
 
 
+def load_times(gpu: bool) -> dict[str, object]:
+    found = {key: random.randrange(10**9, 10**10) for key in ("file_bytes", "weight_bytes", "process_peak_bytes")}
+    found |= {"gpu_peak_bytes": 10**9 if gpu else None}
+    return {"model": "m", "sparsity": 0.45, "rounds": 3} | {w: found | {"seconds": a_time()} for w in ("dense", "compressed")}
+
+
+def step_profile() -> dict[str, object]:
+    kernels = [{"kernel": "triton_<|>_", "group": "Inductor", "runs": 2.0, "us": a_time()}]
+    times = {"wall_us": a_time(), "busy_us": a_time(), "idle_us": a_time(), "groups": {"Inductor": a_time()}}
+    variants = [{"name": name, **times, "kernels": kernels} for name in ("dense, inductor", "patch 45 %")]
+    return {"model": "m", "batch": 1, "prompt": 2, "steps": 3, "variants": variants}
+
+
 MADE_UP = {
+    "benchmarks.load_time": [load_times(True), load_times(False)],
+    "benchmarks.step_profile": [step_profile()],
     "benchmarks.learning_cost": [learning_cost()],
     "benchmarks.one_shot_cost": [one_shot_cost(True), one_shot_cost(False)],
     "benchmarks.soak": [soak(True), soak(False)],

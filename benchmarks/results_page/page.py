@@ -9,18 +9,33 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from . import agreement, compile_time, decode, demo, learning_cost, models, one_shot_cost, pick_quality, quality, soak
+from . import (
+    agreement,
+    compile_time,
+    decode,
+    demo,
+    learning_cost,
+    load_time,
+    models,
+    one_shot_cost,
+    pick_quality,
+    quality,
+    soak,
+    step_profile,
+)  # fmt: skip
 from .section import FIGURES, Record, Section
 
 # the program that writes the file, as its provenance names it -> (name of the file, record) -> its section; in the page's order
 RENDERERS: dict[str, Callable[[str, Record], Section]] = {
     "patch_compiler.bench": models.section,
+    "benchmarks.step_profile": step_profile.section,
     "benchmarks.decode": decode.section,
     "benchmarks.quality.study": quality.section,
     "benchmarks.demo": demo.section,
     "benchmarks.agreement": agreement.section,
     "benchmarks.pick_quality": pick_quality.section,
     "benchmarks.compile_time": compile_time.section,
+    "benchmarks.load_time": load_time.section,
     "benchmarks.soak": soak.section,
     "benchmarks.learning_cost": learning_cost.section,
     "benchmarks.one_shot_cost": one_shot_cost.section,
