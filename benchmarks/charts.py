@@ -74,14 +74,15 @@ def line_chart(
     return document(width, y + LINE * len(foot) + MARGIN, [*parts, *foot], f"{title}: {meaning}")
 
 
-def bar_chart(title: str, meaning: str, groups: Mapping[str, Sequence[Bar]], origin: str) -> str:
-    """Horizontal bars; each group has a heading (none if empty) and a scale of its own, from 0."""
+def bar_chart(title: str, meaning: str, groups: Mapping[str, Sequence[Bar]], origin: str, one_scale: bool = False) -> str:
+    """Horizontal bars from 0; each group has a heading (none if empty), and a scale of its own unless they share one."""
     parts, y = _head(title, meaning), HEAD + MARGIN
+    everything = [bar.value for bars in groups.values() for bar in bars]
     for heading, bars in groups.items():
         if heading:
             parts.append(text(MARGIN, y + 12, heading, size=11, weight="bold"))
             y += 20
-        longest = max((bar.value for bar in bars), default=0) or 1
+        longest = max(everything if one_scale else [bar.value for bar in bars], default=0) or 1
         for bar in bars:
             length = (LEAST_WIDTH - 2 * MARGIN - NAMES - NUMBER) * bar.value / longest
             parts += [

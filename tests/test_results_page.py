@@ -242,6 +242,14 @@ def test_bars_are_as_long_as_their_values(values: list[float]) -> None:
     assert lengths == pytest.approx([v / longest * max(lengths, default=0) for v in values], abs=0.11)
 
 
+def test_groups_of_bars_may_share_a_scale() -> None:
+    groups = {name: [Bar(name, value, "")] for name, value in (("a", 1.0), ("b", 4.0))}
+    for one_scale, wanted in ((False, 1.0), (True, 0.25)):
+        svg = bar_chart("t", "m", groups, "o", one_scale=one_scale)
+        first, second = [float(e.get("width", "")) for e in ElementTree.fromstring(svg).iter(f"{SVG}rect")][1:]
+        assert first / second == pytest.approx(wanted, rel=1e-3)
+
+
 def test_cells_stay_in_their_column() -> None:
     table = markdown_table(["a", "b"], [["x|y", "line\nbreak"], [None, 1.5]])
     assert table.splitlines() == ["| a | b |", "|---|---|", r"| x\|y | line break |", "| – | 1.5 |"]

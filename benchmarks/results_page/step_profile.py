@@ -31,5 +31,5 @@ def section(name: str, record: Record) -> Section:
         f"The {LONGEST} kernels of each that take longest:",
         markdown_table(["variant", "group", "runs a step", "µs a step", "kernel"], kernels),
     ]
-    svg = bar_chart("A decode step", what, groups, origin(record["provenance"]))
+    svg = bar_chart("A decode step", what, groups, origin(record["provenance"]), one_scale=True)
     return Section(f"Where a decode step goes: {record['model']}", "\n\n".join(text), {picture: svg})
