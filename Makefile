@@ -1,4 +1,4 @@
-# make demo | test | lint | gpu | sanitize | clean. Everything is installed into .venv; nothing else on the machine is touched.
+# make demo | test | lint | docs | gpu | sanitize | clean. Everything is installed into .venv; nothing else on the machine is touched.
 # Already have torch? `make gpu RUN=python3` uses that interpreter and installs nothing.
 
 PYTHON ?= python3
@@ -16,7 +16,7 @@ comma := ,
 
 NEEDS_INSTALL := $(if $(filter $(VENV)/%,$(RUN)),$(INSTALLED))
 
-.PHONY: demo test lint gpu sanitize install clean
+.PHONY: demo test lint docs gpu sanitize install clean
 
 demo: $(NEEDS_INSTALL)
 	$(RUN) -m benchmarks.demo
@@ -28,6 +28,11 @@ lint: $(NEEDS_INSTALL)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+# docs/results.md, the pictures and README's tables, from benchmarks/results/ and the code.
+docs: $(NEEDS_INSTALL)
+	$(RUN) -m benchmarks.results_page
+	$(RUN) -m benchmarks.weight_to_kernel
 
 # Tests and benchmarks that need a GPU, in one go; the numbers go to benchmarks/results/. Most of the tests' time is
 # compilation: with pytest-xdist installed, make gpu PYTEST_ADDOPTS="-n 8" is several times faster.

@@ -37,13 +37,11 @@ from codegen.formats.slab_map import slab_map
 from codegen.gpu import GpuSpec, gpu_here
 from codegen.measure import COLD_BYTES
 from codegen.problem import Problem
-from patch_compiler.atomic import atomic_file
 from patch_compiler.provenance import provenance, write_results
 from patch_compiler.tuning_targets import STANDARD
 
 from .decode_bench import ROUNDS, TOLERANCE, Bench, Library, Point, WrongResult, ceilings, isolated
 from .decode_cases import MAPS, Case, cases
-from .decode_plot import roofline
 from .decode_summary import losses, summarise, summary_table
 from .results_file import results_file
 
@@ -130,7 +128,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--maps", nargs="+", choices=MAPS, default=list(MAPS), metavar="MAP", help=", ".join(MAPS))
     parser.add_argument("--unmerged", action="store_true", help="q, k, v, gate and up alone too")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="begin no measurement after this time")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/decode-<gpu>.json; a .svg goes beside it")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/decode-<gpu>.json")
     args = parser.parse_args(argv)
     if min(args.tokens) < 1:
         parser.error(f"--tokens {min(args.tokens)}: at least 1")
@@ -179,8 +177,6 @@ def main(argv: list[str] | None = None) -> int:
         "summary": summarise(rows), "rows": rows,
     }  # fmt: skip
     write_results(output, facts, record)
-    with atomic_file(output.with_suffix(".svg")) as unfinished:
-        unfinished.write_text(roofline({"provenance": facts, **record}), encoding="utf-8")
     report(record, output)
     return 0
 
@@ -201,7 +197,7 @@ def report(record: dict[str, Any], output: Path) -> None:
         print(f"not measured: {text}")
     if len(skipped) > 10:
         print(f"not measured: {len(skipped) - 10} more, named in the file")
-    print(f"{len(rows)} rows in {record['seconds']['all']:.0f} s; wrote {output} and {output.with_suffix('.svg').name}")
+    print(f"{len(rows)} rows in {record['seconds']['all']:.0f} s; wrote {output}")
     print(
         "Speedup over cuBLAS, geometric means over the merged layers (at 0 %, dense kept: the worst layer); ! misses its target"
     )

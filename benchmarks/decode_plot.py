@@ -1,97 +1,70 @@
-"""The decode benchmark as a picture: how close each launch comes to the memory's bandwidth. SVG, written by hand.
-
-One field for each model and sparsity: across, the number of tokens; upwards, GB/s of the bytes a launch must read and write.
-Lines: the packed launch (with early start) and, thin, cuBLAS reading its dense weight; dashed, what reading alone reaches.
-"""
+"""The decode benchmark as pictures: how close each launch comes to the memory's bandwidth, and how it compares with cuBLAS."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
-from xml.sax.saxutils import escape
 
-WIDTH, HEIGHT = 230, 170  # of a field, pixels
-LEFT, RIGHT, TOP, BOTTOM = 44, 12, 26, 34  # around its axes
-HEAD, FOOT = 66, 22
-COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#b8860b", "#6a4c93", "#3d5a80", "#8d5524", "#00838f", "#ad1457")
+from .charts import Axes, Field, Series, line_chart
+from .origin import origin
+from .svg import INK, QUIET, SERIES
+
 Row = Mapping[str, Any]
 
 
 def roofline(record: Mapping[str, Any]) -> str:
-    """The SVG's text, from a results file's record. Rows of the first map that was asked for."""
+    """The SVG's text, from a results file's record. Rows of the first map that was asked for.
+
+    One field for each model and sparsity: across, the number of tokens; upwards, GB/s of the bytes a launch must read and
+    write. Lines: the packed launch (with early start) and, thin, cuBLAS reading its dense weight; dashed, what reading alone
+    reaches.
+    """
     rows: Sequence[Row] = record["rows"]
     map_ = rows[0]["map"] if rows else "random"
     rows = [row for row in rows if row["map"] == map_]
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    sparsities = sorted({row["sparsity"] for row in rows})
-    layers = list(dict.fromkeys(row["layer"] for row in rows))
     ceiling = record["ceilings"]["read_gb_s"]
     highest = 1.15 * max([ceiling, *(row["gb_s"] for row in rows), *(row["cublas_gb_s"] for row in rows)])
-    colour = {layer: COLOURS[i % len(COLOURS)] for i, layer in enumerate(layers)}
-    width, height = max(WIDTH * len(sparsities), 720) + 20, HEAD + HEIGHT * len(models) + FOOT
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        'font-family="sans-serif" font-size="10" fill="#222">',
-        f'<rect width="{width}" height="{height}" fill="#fff"/>',
-        _text(12, 18, f"Decode on {record['provenance']['device']}: GB/s of the bytes a launch must move", size=14),
-        _text(12, 34, f"{map_} tile maps, T tokens; thick: packed, thin grey: cuBLAS, dashed: reading alone"),
-        *_legend(colour),
-    ]
-    for i, model in enumerate(models):
-        for j, sparsity in enumerate(sparsities):
+    layers = {layer: SERIES[i % len(SERIES)] for i, layer in enumerate(dict.fromkeys(row["layer"] for row in rows))}
+    fields: list[list[Field]] = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        fields.append([])
+        for sparsity in sorted({row["sparsity"] for row in rows}):
             here = [row for row in rows if row["model"] == model and row["sparsity"] == sparsity]
-            if here:
-                field = _field(f"{model}, {sparsity} %", here, colour, ceiling, highest)
-                parts.append(f'<g transform="translate({10 + WIDTH * j},{HEAD + HEIGHT * i})">{"".join(field)}</g>')
-    parts.append(_text(12, height - 8, f"{record['provenance']['date']}, commit {record['provenance']['commit']}"))
-    return "\n".join([*parts, "</svg>"]) + "\n"
+            lines = [Series(_over_tokens(here, layer, "cublas_gb_s"), QUIET, thin=True) for layer in layers]
+            lines += [Series(_over_tokens(here, layer, "gb_s"), paint) for layer, paint in layers.items()]
+            fields[-1].append(Field(f"{model}, {sparsity} %", [s for s in lines if s.points], ceiling))
+    legend = {layer: Series({}, paint) for layer, paint in layers.items()}
+    legend |= {"cuBLAS, dense": Series({}, QUIET, thin=True), "reading alone": Series({}, INK, "4 3", thin=True)}
+    return line_chart(
+        "Decode: GB/s of the bytes a launch must move", f"by number of tokens T; {map_} tile maps, packed weights",
+        legend, fields or [[]], Axes("T", 0, highest, 1000), origin(record["provenance"]),
+    )  # fmt: skip
 
 
-def _legend(colour: Mapping[str, str]) -> list[str]:
-    parts, x = [], 12
-    for layer, stroke in colour.items():
-        parts += [_line([(x, 48), (x + 18, 48)], stroke, 2), _text(x + 23, 52, layer)]
-        x += 40 + 7 * len(layer)
-    return parts
+def _over_tokens(rows: Sequence[Row], layer: str, key: str) -> dict[float, float]:
+    return {row["tokens"]: row[key] for row in rows if row["layer"] == layer}
 
 
-def _field(title: str, rows: Sequence[Row], colour: Mapping[str, str], ceiling: float, highest: float) -> list[str]:
-    tokens = sorted({row["tokens"] for row in rows})
-    inner = (WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM)
-
-    def x(t: int) -> float:
-        return LEFT + inner[0] * (tokens.index(t) / (len(tokens) - 1) if len(tokens) > 1 else 0.5)
-
-    def y(rate: float) -> float:
-        return TOP + inner[1] * (1 - rate / highest)
-
-    parts = [_text(LEFT, TOP - 8, title, weight="bold")]
-    for rate in range(0, int(highest) + 1, 1000):
-        parts += [_line([(LEFT, y(rate)), (WIDTH - RIGHT, y(rate))], "#ddd", 1), _text(LEFT - 5, y(rate) + 3, str(rate), "end")]
-    parts += [_text(x(t), HEIGHT - BOTTOM + 13, str(t), "middle") for t in tokens]
-    parts.append(_text(LEFT + inner[0] / 2, HEIGHT - BOTTOM + 25, "T", "middle"))
-    parts.append(_line([(LEFT, y(ceiling)), (WIDTH - RIGHT, y(ceiling))], "#444", 1, "4 3"))
-    for key, thick in (("cublas_gb_s", False), ("gb_s", True)):
-        for layer, stroke in colour.items():
-            points = [(x(row["tokens"]), y(row[key])) for row in sorted(rows, key=_tokens) if row["layer"] == layer]
-            if points:
-                parts.append(_line(points, stroke if thick else "#bbb", 2 if thick else 1))
-            if points and thick:
-                parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2" fill="{stroke}"/>' for a, b in points]
-    return parts
-
-
-def _tokens(row: Row) -> int:
-    return int(row["tokens"])
-
-
-def _line(points: Sequence[tuple[float, float]], stroke: str, width: int, dashes: str = "") -> str:
-    where = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
-    dashed = f' stroke-dasharray="{dashes}"' if dashes else ""
-    return f'<polyline points="{where}" fill="none" stroke="{stroke}" stroke-width="{width}"{dashed}/>'
-
-
-def _text(x: float, y: float, text: str, anchor: str = "start", size: int = 10, weight: str = "normal") -> str:
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" font-weight="{weight}">{escape(text)}</text>'
-    )
+def speedups(record: Mapping[str, Any]) -> str:
+    """Geometric means of the speedup over cuBLAS by number of tokens, one field for each kind of map."""
+    summary: Sequence[Mapping[str, Any]] = record["summary"]
+    sparsities = sorted({entry["sparsity"] for entry in summary})
+    paints = {sparsity: SERIES[i % len(SERIES)] for i, sparsity in enumerate(sparsities)}
+    variants = {"early": "", "isolated": "5 3"}
+    fields = []
+    for map_ in dict.fromkeys(entry["map"] for entry in summary):
+        of_map = [entry for entry in summary if entry["map"] == map_]
+        found = (
+            Series({e["tokens"]: e[v]["geomean"] for e in of_map if e["sparsity"] == s}, paints[s], dashes)
+            for s in sparsities
+            for v, dashes in variants.items()
+        )
+        fields.append(Field(f"{map_} tile maps", [series for series in found if series.points], 1.0))
+    means = [entry[v]["geomean"] for entry in summary for v in variants]
+    legend = {f"{s} %": Series({}, paint) for s, paint in paints.items()}
+    legend |= {"without overlap": Series({}, QUIET, "5 3"), "as fast as cuBLAS": Series({}, INK, "4 3", thin=True)}
+    low, high = min([0.8, *means]), max([1.2, *means]) + 0.1
+    return line_chart(
+        "Decode: speedup over cuBLAS", "by number of tokens T; geometric means over the merged layers, by sparsity",
+        legend, [fields], Axes("T", 0.2 * (low // 0.2), high, 0.2), origin(record["provenance"]),
+    )  # fmt: skip

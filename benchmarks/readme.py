@@ -1,6 +1,6 @@
-"""Write README's tables from the files in benchmarks/results/; tests/test_readme.py checks that they still say the same.
+"""README's tables, from the files in benchmarks/results/; `python -m benchmarks.results_page` writes them.
 
-python -m benchmarks.readme
+tests/test_readme.py checks that they still say the same.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from patch_compiler.text_table import human_bytes
-
-from .decode_summary import markdown
+from .results_page import decode as decode_section
+from .results_page import demo as demo_section
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -24,48 +23,13 @@ def load(name: str) -> dict[str, Any]:
 
 
 def demo() -> str:
-    """The demo's table and what stands around it."""
-    record = load("demo-cpu.json")
-    facts, sizes = record["provenance"], record["bytes"]
-    rows = "\n".join(
-        f"| {c['name']} | {c['perplexity']:.2f} | {c['sparsity']:.2%} | {human_bytes(c['nbytes'])} | {c['ratio']:.3f} |"
-        for c in record["configurations"]
-    )
-    chosen = next(c for c in record["configurations"] if c["chosen"])
-    answers = "\n".join(
-        f"| {question} | " + " | ".join(" ".join(texts[i].split()) for texts in record["texts"].values()) + " |"
-        for i, question in enumerate(record["questions"])
-    )
-    dense, compressed, mask = (human_bytes(sizes[name]) for name in ("dense", "compressed", "mask"))
-    protocol = f"perplexity on the {record['perplexity']['text']}: {record['perplexity']['protocol']}"
-    seconds, tokens = record["total_seconds"], record["calibration"]["tokens"]
-    return "\n".join(
-        [
-            f"`{facts['command']}` on {facts['device']}, torch {facts['torch']}, commit {facts['commit']}:",
-            f"{seconds:.0f} s in all.",
-            f"{record['model']}, {record['note']}; one-shot Wanda, {tokens} calibration tokens of the",
-            f"{record['calibration']['text']}; {protocol}.",
-            "",
-            "| configuration | perplexity | sparsity | masked linears | of dense bf16 |",
-            "|---|---|---|---|---|",
-            rows,
-            "",
-            f"The whole file at {chosen['name']}: {dense} dense, {compressed} compressed (embeddings stay dense);",
-            f"the mask alone {mask}.",
-            "",
-            "One-shot pruning costs a 135M model a lot, and its English shows it. Greedy; the first question was chosen",
-            "because its answer comes out well, the last one was not chosen:",
-            "",
-            "| | " + " | ".join(record["texts"]) + " |",
-            "|---|" + "---|" * len(record["texts"]),
-            answers,
-        ]
-    )
+    """The demo's table."""
+    return demo_section.table(load("demo-cpu.json"))
 
 
 def decode() -> str:
     """The decode benchmark's table; nothing as long as there is no results file."""
-    return markdown(load(DECODE)) if (RESULTS / DECODE).exists() else ""
+    return decode_section.for_readme(load(DECODE)) if (RESULTS / DECODE).exists() else ""
 
 
 SECTIONS = {"results": demo, "decode": decode}
@@ -81,8 +45,3 @@ def render(readme: str) -> str:
         before, begin, end, after = parts
         readme = f"{before}{begin}{section()}{end}{after}"
     return readme
-
-
-if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -15,6 +15,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._dynamo.utils import counters
 
 from patch_compiler import HardMask, PatchLinear, apply_masks, convert, named_linears, save_compressed
 from patch_compiler.bench import __main__ as command
@@ -188,6 +189,18 @@ def test_variants_of_one_name_are_timed_apart() -> None:
     work = Workload(1, 3, 2, 4)
     measure([Variant("patch 30 %", 0.3, model, spy(i), 1) for i in range(2)], work, 2)
     assert calls.count(0) == calls.count(1)
+
+
+def test_what_runs_without_cuda_graphs_is_said() -> None:
+    def skipping(step: Function) -> Function:
+        counters["inductor"]["cudagraph_skips"] += 2
+        return step
+
+    lines: list[str] = []
+    made = [Variant("one", 0.0, tiny(), None, 1), Variant("two", 0.0, tiny(), skipping, 1)]
+    found = measure(made, Workload(1, 3, 2), 1, lines.append)
+    assert [r.record(Workload(1, 3, 2))["without_cuda_graph"] for r in found] == [0, 2]
+    assert [line for line in lines if "without" in line] == ["two: Inductor ran 2 compiled functions without CUDA graphs"]
 
 
 def test_the_record_adds_up() -> None:

@@ -13,7 +13,8 @@ import torch
 from benchmarks import decode, decode_bench, readme
 from benchmarks.decode_cases import CONCENTRATION, MAPS, PARTS, allocation, cases, learned_maps, model_maps, projections, uneven
 from benchmarks.decode_plot import roofline
-from benchmarks.decode_summary import geomean, losses, markdown, summarise, summary_table, target
+from benchmarks.decode_summary import geomean, losses, summarise, summary_table, target
+from benchmarks.results_page.decode import section
 from codegen import runtime
 from codegen.decode_schedule import Decode
 from codegen.formats.slabs import Slabs, from_slabs
@@ -234,8 +235,10 @@ def test_whole_run(pretended, with_cusparselt, capsys) -> None:
     assert one["schedule"].startswith("hopper 8t")
     assert {e["layers"] for e in record["summary"]} == {8}
     assert out.rstrip().splitlines()[-1].lstrip().startswith("learned")
-    ElementTree.parse(pretended.with_suffix(".svg"))
-    text = markdown(record)
+    found = section("decode", record)
+    for svg in found.figures.values():
+        ElementTree.fromstring(svg)
+    text = found.text
     assert "| 25 %, learned | 1.43 / 1.25 |" in text
     assert "cuSPARSELt 0.8.1" in text
 
@@ -245,7 +248,7 @@ def test_without_cusparselt(pretended, capsys) -> None:
     record = json.loads(pretended.read_text(encoding="utf-8"))
     assert record["cusparselt"] == {"version": None, "note": "this torch is built without it"}
     assert all(r["cusparselt"] is None for r in record["rows"])
-    assert "not compared, this torch is built without it" in markdown(record)
+    assert "not compared, this torch is built without it" in section("decode", record).text
     assert {e["layers"] for e in record["summary"]} == {4}
 
 
@@ -275,7 +278,7 @@ def test_a_spent_budget_says_what_is_missing(pretended, monkeypatch) -> None:
     record = json.loads(pretended.read_text(encoding="utf-8"))
     assert 0 < len(record["rows"]) < 4 * 4 * 2
     assert any("llama-2-7b" in text and "budget" in text for text in record["not_measured"])
-    assert "Not measured:" in markdown(record)
+    assert "Not measured:" in section("decode", record).text
     ElementTree.fromstring(roofline(record))
 
 

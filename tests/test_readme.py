@@ -11,7 +11,7 @@ from benchmarks.readme import RESULTS, ROOT, render
 
 def test_tables_are_those_of_the_results_files() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert render(readme) == readme, "run python -m benchmarks.readme"
+    assert render(readme) == readme, "run make docs"
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda p: p.name)

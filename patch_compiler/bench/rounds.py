@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from .decoder import GreedyDecoder, device_of
 from .variants import Variant
@@ -28,7 +29,10 @@ class Workload:
 
 @dataclass
 class Runs:
-    """One variant's. Seconds of each round; first: of the first call, with everything compiled; bytes: see `measure`."""
+    """One variant's. Seconds of each round; first: of the first call, with everything compiled; bytes: see `measure`.
+
+    without_cuda_graph: compiled functions that Inductor would not put into a CUDA graph.
+    """
 
     variant: Variant
     first: float = 0.0
@@ -36,6 +40,7 @@ class Runs:
     to_first_token: list[float] = field(default_factory=list)
     decoding: list[float] = field(default_factory=list)
     to_first_of_long: list[float] = field(default_factory=list)
+    without_cuda_graph: int = 0
 
     def record(self, work: Workload) -> dict[str, Any]:
         """JSON: medians. weights_gb_s: all weights over the time of a step, which reads few rows of an embedding and, not
@@ -50,6 +55,7 @@ class Runs:
             "long_first_token_ms": round(1e3 * statistics.median(self.to_first_of_long), 3) if self.to_first_of_long else None,
             "weights_gb_s": round(self.variant.weight_bytes / (decoding / steps) / 1e9, 1) if steps else None,
             "weight_bytes": self.variant.weight_bytes, "peak_bytes": self.peak_bytes, "first_call_s": round(self.first, 2),
+            "without_cuda_graph": self.without_cuda_graph,
             "rounds": len(self.decoding),
         }  # fmt: skip
 
@@ -69,6 +75,7 @@ def measure(
             for shape in ((work.batch, work.prompt), (1, work.long_prompt))
         )
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        skipped = counters["inductor"]["cudagraph_skips"]
         begin = time.perf_counter()
         decoder = GreedyDecoder(variant.model, work.batch, work.prompt + work.new, variant.compile)
         decoder.generate(prompt, min(work.new, 4))  # CUDA graphs are recorded at the second call of a shape
@@ -80,6 +87,7 @@ def measure(
             long_decoders.append((long_decoder, long_prompt))
         _settle(device)
         runs.first = time.perf_counter() - begin
+        runs.without_cuda_graph = counters["inductor"]["cudagraph_skips"] - skipped
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         decoder.generate(prompt, work.new)
@@ -87,6 +95,8 @@ def measure(
             runs.peak_bytes = variant.weight_bytes + torch.cuda.max_memory_allocated(device) - before
         decoders.append((decoder, prompt))
         progress(f"{variant.name}: ready after {runs.first:.1f} s")
+        if runs.without_cuda_graph:
+            progress(f"{variant.name}: Inductor ran {runs.without_cuda_graph} compiled functions without CUDA graphs")
     for r in range(rounds):
         for place in range(len(found)):
             i = (place + r) % len(found)  # not by name: two variants may have one
