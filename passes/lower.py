@@ -55,8 +55,8 @@ def _call(
         add_buffer(context.graph_module, f"patch_{number}_{name}", tensor)
         for name, tensor in zip(("values", "indices", "kinds", "panel_starts"), stored.tensors, strict=True)
     ]
-    sizes = (stored.layout, *stored.tile_map.shape, *stored.tile_map.tile)
-    return context.graph_module.graph.call_function(torch.ops.patch.linear.default, (x, *buffers, bias, dense, *sizes))
+    arguments = (x, *buffers, bias, dense, *stored.sizes)
+    return context.graph_module.graph.call_function(torch.ops.patch.linear.default, arguments)
 
 
 def _packed(linear: Linear, number: int, context: Context) -> fx.Node:
