@@ -34,9 +34,7 @@ def export(
     if isinstance(model, torch._dynamo.OptimizedModule):
         model = model._orig_mod  # a backend has no say in an export
     if not any(isinstance(module, PatchLinear) for module in model.modules()):
-        raise ValueError(
-            "patch: the model has no packed layer to export; pack its masked layers with patch_compiler.convert(model)"
-        )
+        raise ValueError("patch: the model has no packed layer to export; make them with patch_compiler.convert(model)")
     with torch.no_grad(), _canonical(model):
         program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=strict)
         return program.run_decompositions({torch.ops.patch.linear.default: linear_in_aten})

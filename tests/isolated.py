@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 OURS = ("patch_compiler", "passes", "codegen", "learning")
@@ -20,12 +21,14 @@ for name in {names!r}:
 """
 
 
-def run_python(code: str, *, without: tuple[str, ...] = (), **environment: str | None) -> str:
-    """What it prints; fails if it does. without: packages that cannot be imported there. environment: None takes one away."""
-    changed = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **environment}
+def run_python(code: str, *, without: Sequence[str] = (), prefix: Sequence[str] = (), **environment: str) -> str:
+    """What it prints; an AssertionError with all it said if it fails.
+
+    without: packages that cannot be imported there. prefix: a command that runs it. environment: variables to set.
+    """
     result = subprocess.run(
-        [sys.executable, "-c", (_WITHOUT.format(names=without) if without else "") + code],
-        env={name: value for name, value in changed.items() if value is not None},
+        [*prefix, sys.executable, "-c", (_WITHOUT.format(names=tuple(without)) if without else "") + code],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **environment},
         capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
