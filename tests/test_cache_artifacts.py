@@ -24,7 +24,7 @@ if {load}:
     info = torch.compiler.load_cache_artifacts(artifacts.read_bytes())
     assert info.inductor_artifacts and info.aot_autograd_artifacts, info
 torch.manual_seed(1)
-model = tiny_llama()
+model = tiny_llama(num_hidden_layers=1)
 apply_masks(model, {{n: random_hard_mask(tuple(m.weight.shape), 16) for n, m in named_linears(model).items()}})
 if {load}:
     with torch.no_grad():
