@@ -25,12 +25,12 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from codegen import cost_model
-from codegen.cache import cache_directory
 from codegen.cost_model import Interval
 from codegen.formats.slab_map import SlabMap
 from codegen.gpu import GpuSpec
 from codegen.schedule import Decode, Gemm, Problem, Reference, Schedule
 from patch_compiler.atomic import atomic_file
+from patch_compiler.cache import cache_directory
 
 FORMAT = 1
 PACKAGE = "patch-compiler"
