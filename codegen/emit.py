@@ -24,13 +24,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from codegen.cache import writable_directory
 from codegen.decode_schedule import Decode
 from codegen.isa import arrivals, mbarrier, mma_sp, movmatrix, wgmma, wgmma_sp
 from codegen.prefill_schedule import Prefill
 from codegen.schedule import Fused
 from codegen.tensor_schedule import TensorPrefill
 from patch_compiler.atomic import atomic_file
+from patch_compiler.cache import cache_directory, writable_directory
 
 log = logging.getLogger(__name__)
 
@@ -154,13 +154,18 @@ def kernel(specialisation: Specialisation, made_for: str = "") -> Any:
 
 
 def emit(specialisation: Specialisation, made_for: str = "", directory: Path | None = None) -> Path:
-    """Write the module unless a sound copy is there; returns its path. directory: default `kernels` in the cache directory."""
+    """Write the module unless a sound copy is there; returns its path. directory: default `kernels` in the cache directory.
+
+    A copy that came with an image is used where it lies, also if nothing can be written beside it.
+    """
     body = source(specialisation)
     s = specialisation.schedule
     key = hashlib.sha256(f"{body}\n{_versions()}".encode()).hexdigest()[:16]
     stages = s.x_stages if isinstance(s, Prefill) else s.stages
     name = f"{s.family}_{specialisation.rows}r_{s.tokens}t_{stages}s_{key}.py"
-    path = (directory or writable_directory() / "kernels") / name
+    path = (directory or cache_directory() / "kernels") / name
+    if directory is None and not _is_sound(path, body):
+        path = writable_directory() / "kernels" / name
     if not _is_sound(path, body):
         header = f"# Emitted from codegen/kernels/{_FAMILIES[s.family][0]}, {_versions()}. Rebuilt when it does not match.\n"
         header += f"# Schedule: {s}. First made for: {made_for or 'no layer in particular'}\n"

@@ -26,7 +26,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from codegen import cost_model
-from codegen.cache import cache_directory
 from codegen.decode_schedule import Decode
 from codegen.envelope import Interval, envelope
 from codegen.formats.slab_map import SlabMap
@@ -36,6 +35,7 @@ from codegen.problem import Problem
 from codegen.schedule import Fused, Gemm, Reference, Schedule
 from codegen.tensor_schedule import TensorPrefill
 from patch_compiler.atomic import atomic_file
+from patch_compiler.cache import cache_directory
 
 FORMAT = 1
 PACKAGE = "patch-compiler"

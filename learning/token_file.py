@@ -3,7 +3,7 @@
     tokens = tokenise(tokenizer, ["allenai/c4:en:train"], count=2000 * 256 * 4096, context=4096)
     tokens.windows(tokens.order(step, batch=256, seed=0))  # int64 [256, 4096]
 
-What was tokenised stays in $PATCH_CACHE_DIR/tokens (default ~/.cache/patch_compiler/tokens): one directory for each text,
+What was tokenised stays in `tokens` in the cache directory (patch_compiler/cache.py): one directory for each text,
 tokenizer, seed and length. It appears there complete or not at all.
 """
 
@@ -12,11 +12,10 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import random
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from patch_compiler import cache
 from patch_compiler.atomic import atomic_directory
 
 from .data import SHIPPED, cut_document, describe_source, is_hub_dataset, load_texts
@@ -119,9 +119,12 @@ def tokenise(
         "count": count, "seed": seed, "split": split,
     }  # fmt: skip
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
-    target = (cache_directory or default_cache()) / digest
-    with _lock(target):
-        if not (target / _HEADER).is_file():
+    target = (cache_directory or cache.cache_directory() / "tokens") / digest
+    if cache_directory is None and not _is_made(target):
+        target = cache.writable_directory() / "tokens" / digest
+    # it appears complete or not at all: what is there needs no lock, which a directory that came with an image has no room for
+    with nullcontext() if _is_made(target) else _lock(target):
+        if not _is_made(target):
             for abandoned in target.parent.glob(f".{target.name}.*.partial"):  # by a process that was killed
                 shutil.rmtree(abandoned, ignore_errors=True)
             with atomic_directory(target) as partial:
@@ -133,9 +136,8 @@ def tokenise(
     return TokenFile(ids, context, header["sha256"], header["largest"], name)
 
 
-def default_cache() -> Path:
-    chosen = os.environ.get("PATCH_CACHE_DIR")
-    return (Path(chosen) if chosen else Path.home() / ".cache" / "patch_compiler") / "tokens"
+def _is_made(target: Path) -> bool:
+    return (target / _HEADER).is_file()
 
 
 def fingerprint(tokenizer: Any) -> str:

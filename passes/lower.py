@@ -50,9 +50,8 @@ def _call(
         add_buffer(context.graph_module, f"patch_{number}_{name}", tensor)
         for name, tensor in zip(("values", "indices", "kinds", "panel_starts"), stored.tensors, strict=True)
     ]
-    sizes = (stored.layout, *stored.tile_map.shape, *stored.tile_map.tile)
     what = torch.ops.patch.gated_linear.default if gated else torch.ops.patch.linear.default
-    return context.graph_module.graph.call_function(what, (x, *buffers, bias, dense, *sizes))
+    return context.graph_module.graph.call_function(what, (x, *buffers, bias, dense, *stored.sizes))
 
 
 def _packed(linear: Linear, number: int, context: Context) -> fx.Node:
@@ -121,8 +120,10 @@ def _side_by_side(merged: Merged, whole: StoredWeight, number: int, context: Con
     for i, (member, start, (_, bias)) in enumerate(zip(members, starts, taken, strict=False)):
         with graph.inserting_before(member.node):
             # a linear's output is contiguous, and what follows was traced with that. Not torch.split: autograd forbids writing
-            # in place to one of several views
-            part = graph.call_method("contiguous", (graph.call_function(torch.narrow, (y, -1, start, sizes[i])),))
+            # in place to one of several views. Not the method: AOTAutograd caches no graph with a method of a value without
+            # Dynamo's example
+            part = graph.call_function(torch.narrow, (y, -1, start, sizes[i]))
+            part = graph.call_function(torch.ops.aten.contiguous.default, (part,))
             if outside[i]:
                 part = graph.call_function(operator.add, (part, bias))
         _replace(member, part, graph)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .linears import apply_masks, named_linears
     from .module import PatchLinear
     from .packed import PackedWeight, pack, unpack
+    from .portable import export
     from .quantizer import PatchConfig
     from .tile_map import TileKind, TileMap
 
@@ -38,6 +39,7 @@ __all__ = [
     "apply_masks",
     "convert",
     "explain",
+    "export",
     "export_dense",
     "load_compressed",
     "load_masks",
@@ -59,6 +61,7 @@ _HOME = {
     "conversion": ("convert",),
     "module": ("PatchLinear",),
     "packed": ("PackedWeight", "pack", "unpack"),
+    "portable": ("export",),
     "quantizer": ("PatchConfig",),
     "tile_map": ("TileKind", "TileMap"),
 }

@@ -36,6 +36,8 @@ class PatchLinear(nn.Module):
 
     def _hold(self, stored: StoredWeight) -> None:
         self.layout = stored.layout
+        # in one tuple: Dynamo takes time to trace every attribute, and guards every object on the way
+        self._sizes = stored.sizes
         for name in ("values", "indices", "kinds", "panel_starts"):
             self.register_buffer(name, getattr(stored, name), persistent=name != "panel_starts")
 
@@ -93,10 +95,7 @@ class PatchLinear(nn.Module):
         return unpack(self.packed)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(
-            x, self.values, self.indices, self.kinds, self.panel_starts, self.bias, [],
-            self.layout, self.out_features, self.in_features, *self.tile_map.tile,
-        )  # fmt: skip
+        return ops.linear(x, self.values, self.indices, self.kinds, self.panel_starts, self.bias, [], *self._sizes)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.tile_map}"

@@ -44,6 +44,11 @@ class StoredWeight:
         return self.values, self.indices, self.kinds, self.panel_starts
 
     @property
+    def sizes(self) -> tuple[Layout, int, int, int, int]:
+        """The last arguments of `patch::linear`: layout, shape, tile."""
+        return self.layout, *self.tile_map.shape, *self.tile_map.tile
+
+    @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.tensors)
 

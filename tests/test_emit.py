@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from codegen import cache, emit
+from codegen import emit
 from codegen.decode_schedule import TOKEN_TILES, Decode
 from codegen.emit import Specialisation
 from codegen.prefill_schedule import CLUSTERS, Prefill
@@ -239,15 +239,13 @@ def test_a_family_that_lacks_a_constant_is_named(copies: int, instead: str, monk
 def test_a_directory_that_cannot_be_written_warns_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("PATCH_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    cache._writable.cache_clear()
-    with pytest.warns(UserWarning, match=r"file/cache cannot be written .*; kernels go to "):
+    with pytest.warns(UserWarning, match=r"file/cache cannot be written .*; what is made goes to "):
         first = emit.emit(HOPPER)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         second = emit.emit(STREAM)
     assert first.parent == second.parent
     assert first.is_file()
-    cache._writable.cache_clear()
 
 
 def test_the_cache_directory_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,11 @@ def _no_grad():
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slabs on the CPU: every decision as on a GPU, the launch in float64."""
+    slabs_on_the_cpu(monkeypatch)
+
+
+def slabs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every decision as on a GPU, the launch in float64."""
 
     def layout_for(device, dtype, tile_map):
         return "rows" if dtype == torch.bfloat16 else "canonical"

@@ -50,7 +50,7 @@ def run(module: str) -> list[Hazard]:
 
 def source_line(file: str, line: int) -> str:
     """Racecheck gives names without directories: emitted modules are in the cache, the control beside this file."""
-    from codegen.cache import cache_directory
+    from patch_compiler.cache import cache_directory
 
     paths = [p for where in (cache_directory() / "kernels", Path(__file__).parent) for p in where.glob(file)]
     return paths[0].read_text(encoding="utf-8").splitlines()[line - 1] if paths else ""
