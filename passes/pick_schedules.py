@@ -19,7 +19,7 @@ def run(graph: fx.Graph, context: Context) -> fx.Graph:
         if linear.source is not None:
             linear.runs, linear.reason = _decide(linear, context)
         if linear.runs == "packed" and linear.slabs is not None:
-            _schedule(linear, context)
+            schedule(linear, context)
     return graph
 
 
@@ -45,7 +45,7 @@ def _decide(linear: Linear, context: Context) -> tuple[Runs, str]:
     return "packed", "its mask was found in the graph" if linear.in_graph else "its weight carries a tile map"
 
 
-def _schedule(linear: Linear, context: Context) -> None:
+def schedule(linear: Linear, context: Context) -> None:
     """Intervals of T and what runs in each; the members of a merged launch share them."""
     assert linear.tile_map is not None
     assert linear.slabs is not None
@@ -54,8 +54,6 @@ def _schedule(linear: Linear, context: Context) -> None:
     tile_map, slabs, keeps = linear.tile_map, linear.slabs, keeps_dense(linear)
     if linear.merged is not None:
         first = linear.merged.members[0]
-        others = ", ".join(m.name.rpartition(".")[2] for m in linear.merged.members if m is not linear)
-        linear.reason += f"; one launch with {others}"
         if first is not linear:
             linear.schedules = first.schedules
             return

@@ -53,6 +53,11 @@ class StoredWeight:
             return PackedWeight(self.tile_map, self.values, self.indices)
         return from_slabs(self._slabs())
 
+    def to(self, device: torch.device) -> StoredWeight:
+        """The same layout on another device, where it can be converted but perhaps not run."""
+        values, indices, kinds, panel_starts = (t.to(device) for t in self.tensors)
+        return StoredWeight(self.tile_map, self.layout, values, indices, kinds, panel_starts)
+
     def fits(self, other: StoredWeight) -> bool:
         """Whether another weight of the same map can be written over this one."""
         mine, its = ((s.layout, s.values.dtype, s.values.device) for s in (self, other))
