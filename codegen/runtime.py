@@ -108,7 +108,9 @@ class Layer:
         """A dense copy of W [M, K], +0.0 where nothing is kept."""
         with torch.cuda.device_of(values):
             if self._blocks is None:
-                self._blocks = self._to_device(block_table(self.map, self.tile_map.shape[1]))
+                with self._lock:  # a second table would free the first one under a kernel that reads it
+                    if self._blocks is None:
+                        self._blocks = self._to_device(block_table(self.map, self.tile_map.shape[1]))
             return expand(values, metadata, self._blocks, self.order, *self.tile_map.shape)
 
     def _launch(self, s: Decode, y: Tensor, x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None) -> None:
@@ -191,6 +193,10 @@ class _Entry:
     values_version: int
     layer: Layer
 
+    def is_of(self, kinds: Tensor) -> bool:
+        """Whether the memory is still the same weight's, and its map was not written."""
+        return self.kinds_version == _version(kinds) and not any(s.expired() for s in self.storages)
+
 
 _entries: dict[tuple[Any, ...], _Entry] = {}
 _entries_lock = threading.Lock()
@@ -204,13 +210,16 @@ def layer_of(values: Tensor, kinds: Tensor, shape: tuple[int, int], tile: tuple[
     """
     key = (values.data_ptr(), kinds.data_ptr(), shape, tile, order)
     entry = _entries.get(key)
-    if entry is None or entry.kinds_version != _version(kinds) or any(s.expired() for s in entry.storages):
+    if entry is None or not entry.is_of(kinds):
         with torch.cuda.device_of(values):
             if torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
                     f"patch: a weight of shape {shape} runs for the first time inside a CUDA graph capture; run it before"
                 )
         with _entries_lock:
+            entry = _entries.get(key)
+            if entry is not None and entry.is_of(kinds):
+                return entry.layer  # another thread was faster
             for gone in [k for k, e in _entries.items() if any(s.expired() for s in e.storages)]:
                 del _entries[gone]
             layer = Layer(TileMap(shape, tile, kinds.cpu()), values.dtype, order, values.device)
