@@ -7,6 +7,7 @@ for, so that operators, modules and graphs share it and nothing keeps a weight a
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from triton.errors import TritonError
 
 from codegen import cost_model, emit, tuning
 from codegen.formats.slab_map import SlabMap, slab_map, why_not
@@ -28,14 +30,35 @@ from patch_compiler.tile_map import TileMap
 
 def order_for(device: torch.device, dtype: torch.dtype, tile_map: TileMap) -> Order | None:
     """In which order a weight's slabs should lie on this device; None where nothing runs slabs."""
-    if device.type != "cuda" or torch.version.hip is not None:  # the kernels hold NVIDIA's instructions
+    if why_no_slabs(device, dtype, tile_map) is not None:
         return None
-    if dtype not in DTYPES or why_not(tile_map) is not None or tile_map.shape[1] % 8:
-        return None
-    gpu = this_gpu(device.index if device.index is not None else torch.cuda.current_device())
-    if gpu.runs_hopper:
-        return "rows"
-    return "fragments" if gpu.capability >= 80 else None
+    return "rows" if gpu_of(device).runs_hopper else "fragments"
+
+
+def why_no_slabs(device: torch.device, dtype: torch.dtype, tile_map: TileMap) -> str | None:
+    """Why no fast kernel runs this weight on this device, in one line; None if one does."""
+    if device.type != "cuda":
+        return f"on {device.type} it runs from the canonical form"
+    if torch.version.hip is not None:
+        return "this is an AMD GPU, the fast kernels hold NVIDIA's instructions"
+    gpu = gpu_of(device)
+    if gpu.capability < 80:
+        return f"{gpu.name} is an sm_{gpu.capability}, the fast kernels need sm_80 or newer"
+    return why_untileable(dtype, tile_map)
+
+
+def why_untileable(dtype: torch.dtype, tile_map: TileMap) -> str | None:
+    """The same of what no GPU could change: dtype and shape."""
+    if dtype not in DTYPES:
+        return f"its weight is {str(dtype).removeprefix('torch.')}, the fast kernels take bfloat16 and float16"
+    if tile_map.shape[1] % 8:
+        return f"{tile_map.shape[1]} in_features are no multiple of 8"
+    return why_not(tile_map)
+
+
+def gpu_of(device: torch.device) -> GpuSpec:
+    """The GPU that is this CUDA device."""
+    return this_gpu(device.index if device.index is not None else torch.cuda.current_device())
 
 
 @dataclass(frozen=True)
@@ -49,6 +72,7 @@ class _Launch:
 
 
 _workspaces = Workspaces()
+_refused: set[tuple[Schedule, int, torch.dtype, str]] = set()  # what this Triton did not compile: Layer._key
 _MOST_CHOICES = 8192  # a server sees many different T
 
 
@@ -72,6 +96,8 @@ class Layer:
         found = self._choices.get((tokens, dense_weight))
         if found is None:
             found = tuning.pick(self.problem(dense_weight=dense_weight), self.gpu, tokens)
+            if self._key(found) in _refused:
+                found = Gemm(expand=not dense_weight)
             if len(self._choices) >= _MOST_CHOICES:
                 self._choices.clear()
             self._choices[tokens, dense_weight] = found
@@ -83,13 +109,20 @@ class Layer:
     ) -> None:  # fmt: skip
         """Write x [T, K] Wᵀ + bias [M] into y [T, M] (x and y contiguous) on the current stream.
 
-        dense: W in parts [M_i, K] if a dense copy is at hand. schedule: default the best known. Raises ValueError if it is
-        illegal here.
+        dense: W in parts [M_i, K] if a dense copy is at hand. schedule: default the best known that Triton compiles here; a
+        dense GEMM takes the place of one that it does not, with a warning. Raises ValueError if it is illegal here.
         """
         if y.numel() == 0:
             return
         if schedule is None:
             schedule = self.schedule(x.shape[0], bool(dense))
+            try:
+                return self.run(y, x, values, metadata, bias, dense, schedule)
+            except Exception as error:
+                if not isinstance(schedule, Decode) or not _is_of_compiler(error):
+                    raise
+                self._refuse(schedule, error)
+            return self.run(y, x, values, metadata, bias, dense)
         with torch.cuda.device_of(x):
             if isinstance(schedule, Gemm):
                 first = 0
@@ -103,6 +136,22 @@ class Layer:
                 self._launch(schedule, y, x, values, metadata, bias)
             else:
                 raise ValueError(f"schedule {schedule}: the weight is held as slabs")
+
+    def _key(self, schedule: Schedule) -> tuple[Schedule, int, torch.dtype, str]:
+        return schedule, self.map.rows, self.dtype, self.gpu.key
+
+    def _refuse(self, schedule: Schedule, error: Exception) -> None:
+        key = self._key(schedule)
+        with self._lock:
+            if key not in _refused:
+                (what, *_) = str(error).strip().splitlines() or [""]
+                warnings.warn(
+                    f"patch: Triton {self.gpu.triton} does not compile {schedule} for {self.gpu.name}: {type(error).__name__} "
+                    f"{what[:200]}; a dense GEMM runs instead",
+                    stacklevel=2,
+                )
+            _refused.add(key)
+            self._choices.clear()
 
     def dense(self, values: Tensor, metadata: Tensor) -> Tensor:
         """A dense copy of W [M, K], +0.0 where nothing is kept."""
@@ -166,6 +215,16 @@ class Layer:
             f"{self.tile_map}, {str(self.dtype).removeprefix('torch.')}: {m.slabs - m.sparse_slabs} dense and {m.sparse_slabs} "
             f"sparse slabs in {m.panels} panels, on {self.gpu.name}"
         )
+
+
+def _is_of_compiler(error: Exception) -> bool:
+    """Whether Triton failed to compile a kernel, or is of a version whose language the kernel does not speak.
+
+    Not what a launch raises: after a fault on the GPU nothing can be trusted to run instead.
+    """
+    if isinstance(error, TritonError | ImportError | AttributeError | TypeError):
+        return True
+    return type(error) is RuntimeError and "PassManager" in str(error)
 
 
 def _descriptors(x: Tensor, values: Tensor, metadata: Tensor, tokens: int, rows: int, panel_rows: int) -> tuple[Any, Any, Any]:

@@ -8,6 +8,7 @@ from torch import fx
 from codegen import tuning
 from codegen.formats.slab_map import SlabMap, slab_map
 from codegen.gpu import this_gpu
+from codegen.runtime import why_no_slabs
 from codegen.schedule import Problem
 from patch_compiler.tile_map import TileKind
 
@@ -30,7 +31,8 @@ def keeps_dense(linear: Linear) -> bool:
 
 def _decide(linear: Linear, context: Context) -> tuple[Runs, str]:
     assert linear.source is not None
-    kernel, device = context.options.kernel, linear.source.device.type
+    kernel, device = context.options.kernel, context.device(linear)
+    assert device is not None
     dense: Runs = "folded" if linear.in_graph and linear.source.is_masked else "unchanged"
     if linear.tile_map is None:
         return dense, linear.reason
@@ -39,9 +41,10 @@ def _decide(linear: Linear, context: Context) -> tuple[Runs, str]:
     if kernel == "dense":
         return dense, "option kernel='dense'"
     if kernel == "auto" and linear.layout == "canonical":
-        if device == "cuda":
-            return dense, "only the reference kernel could run it here, and a dense GEMM is faster"
-        return dense, f"on {device} a dense GEMM on the masked weight is faster than decompressing it at every call"
+        if device.type == "cuda":
+            why = why_no_slabs(device, linear.source.dtype, linear.tile_map)
+            return dense, f"only the reference kernel could run it here, and a dense GEMM is faster: {why}"
+        return dense, f"on {device.type} a dense GEMM on the masked weight is faster than decompressing it at every call"
     return "packed", "its mask was found in the graph" if linear.in_graph else "its weight carries a tile map"
 
 

@@ -26,10 +26,10 @@ from tqdm import tqdm
 from codegen import cost_model, tuning
 from codegen.compile_ahead import compile_all
 from codegen.emit import Specialisation
-from codegen.formats.slab_map import slab_map, why_not
+from codegen.formats.slab_map import slab_map
 from codegen.gpu import GpuSpec, gpu_here, gpu_spec, this_gpu
 from codegen.measure import Timing, copies, measure, random_metadata
-from codegen.runtime import Layer
+from codegen.runtime import Layer, why_untileable
 from codegen.schedule import Decode, Gemm, Problem, Schedule, legal_schedules
 from codegen.tuning import Entry
 
@@ -137,7 +137,7 @@ def _distinct(targets: Iterable[Target]) -> list[tuple[Target, Problem]]:
     groups: dict[object, list[tuple[Target, Problem]]] = {}
     without: dict[str, str] = {}
     for target in targets:
-        reason = _why_untunable(target)
+        reason = why_untileable(getattr(torch, target.dtype), target.tile_map)
         if reason is not None:
             without[target.name] = reason
             continue
@@ -155,14 +155,6 @@ def _distinct(targets: Iterable[Target]) -> list[tuple[Target, Problem]]:
         target, problem = group[len(group) // 2]
         found.append((replace(target, count=sum(t.count for t, _ in group)), problem))
     return found
-
-
-def _why_untunable(target: Target) -> str | None:
-    if target.dtype not in ("bfloat16", "float16"):
-        return f"its weight is {target.dtype}, tensor core kernels take bfloat16 and float16"
-    if target.tile_map.shape[1] % 8:
-        return f"{target.tile_map.shape[1]} inputs are no multiple of 8"
-    return why_not(target.tile_map)
 
 
 def _predicted(target: Target, problem: Problem, gpu: GpuSpec, tokens: int) -> Row:
