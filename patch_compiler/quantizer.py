@@ -178,13 +178,18 @@ class PatchHfQuantizer(HfQuantizer):
 
 
 def attach(model: Any, quantizer: PatchHfQuantizer | None = None) -> None:
-    """Let `save_pretrained` write the model's packed layers. quantizer: default the model's, or a new one."""
+    """Let `save_pretrained` write the model's packed layers, also that of a model inside: a causal LM's decoder is one of its
+    own. quantizer: default the model's, or a new one."""
+    from transformers import PreTrainedModel
+
     if quantizer is None:
         held = getattr(model, "hf_quantizer", None)
         quantizer = held if isinstance(held, PatchHfQuantizer) else PatchHfQuantizer(PatchConfig())
     model.config.quantization_config = quantizer.quantization_config
-    # transformers forbids half() and float() to quantized models; packed layers can do both
-    vars(model).update(hf_quantizer=quantizer, quantization_method=METHOD, is_quantized=False)
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and (part is model or any(isinstance(m, PatchLinear) for m in part.modules())):
+            # transformers forbids half() and float() to quantized models; packed layers can do both
+            vars(part).update(hf_quantizer=quantizer, quantization_method=METHOD, is_quantized=False)
 
 
 def _canonical_state(model: nn.Module, layers: Mapping[str, PatchLinear]) -> dict[str, Tensor]:

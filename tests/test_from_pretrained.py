@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from patch_compiler import ArtifactError, HardMask, PatchConfig, PatchLinear, TileKind, TileMap, convert, load_masks, save_masks
 from patch_compiler.hf import export_dense, is_compressed, load_compressed, save_compressed
@@ -316,3 +316,24 @@ def test_layers_keep_their_paths_where_transformers_renames(tmp_path: Path) -> N
     based.save_pretrained(tmp_path / "packed")
     loaded = transformers.Gemma3ForConditionalGeneration.from_pretrained(tmp_path / "packed")
     assert torch.equal(logits(loaded), logits(convert(model, masks)))
+
+
+@pytest.mark.parametrize("how", ["converted", "loaded"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_decoder_inside_a_causal_model_is_saved_by_itself(tmp_path: Path, family: str, how: str) -> None:
+    model = packed_model(family)
+    if how == "loaded":
+        model.save_pretrained(tmp_path / "first")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    model.base_model.save_pretrained(tmp_path / "decoder")
+    decoder, tokens = AutoModel.from_pretrained(tmp_path / "decoder"), torch.arange(3, 20)[None]
+    assert type(decoder) is type(model.base_model)
+    packed = [n for n, m in decoder.named_modules() if isinstance(m, PatchLinear)]
+    assert len(packed) == sum(isinstance(m, PatchLinear) for m in model.modules())
+    with torch.no_grad():
+        assert torch.equal(decoder(tokens)[0], model.base_model(tokens)[0])
+        model.save_pretrained(tmp_path / "whole")  # what the decoder wrote into the shared config does not stay
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+        assert torch.equal(again(tokens).logits, model(tokens).logits)
+    with pytest.raises(ArtifactError, match="no such module"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "decoder")
