@@ -9,21 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .hard_mask import HardMask
-from .linears import attach_mask, get_linears, is_conv1d, mask_of, weight_of
+from .linears import attach_mask, check_plain, get_linears, mask_of, weight_of
 from .module import PatchLinear
 from .packed import pack
-
-
-def _check_plain(name: str, module: nn.Module) -> None:
-    """Raises ValueError for a layer that does more than multiply by its weight: PatchLinear would not do it."""
-    if not name:
-        raise ValueError("convert swaps layers inside a module: pass the module that holds this linear layer")
-    own_forward = "forward" in vars(module) or not (is_conv1d(module) or type(module).forward is nn.Linear.forward)
-    if own_forward or module._forward_hooks or module._forward_pre_hooks:
-        what = "a forward of its own" if own_forward else "forward hooks"
-        raise ValueError(
-            f"{name!r} is a {type(module).__name__} with {what}, which a packed layer would not run; remove it first"
-        )
 
 
 @torch.no_grad()
@@ -41,7 +29,7 @@ def convert(model: nn.Module, masks: Mapping[str, HardMask] | None = None) -> nn
         masks = {name: mask for name, m in model.named_modules() if (mask := mask_of(m)) is not None}
     linears = get_linears(model, masks)
     for name, module in linears.items():
-        _check_plain(name, module)
+        check_plain(name, module)
     if not linears:
         raise ValueError(f"{type(model).__name__}: no linear layer carries a mask; prune it or load a mask first")
     waiting = {module: (name, masks[name]) for name, module in linears.items()}

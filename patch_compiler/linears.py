@@ -84,6 +84,18 @@ def _is_dense_linear(module: nn.Module) -> bool:
     return (isinstance(module, nn.Linear) or is_conv1d(module)) and isinstance(getattr(module, "weight", None), Tensor)
 
 
+def check_plain(name: str, module: nn.Module) -> None:
+    """Raises ValueError for a layer that does more than multiply by its weight: PatchLinear would not do it."""
+    if not name:
+        raise ValueError("layers are swapped inside a module: pass the module that holds this linear layer")
+    own_forward = "forward" in vars(module) or not (is_conv1d(module) or type(module).forward is nn.Linear.forward)
+    if own_forward or module._forward_hooks or module._forward_pre_hooks:
+        what = "a forward of its own" if own_forward else "forward hooks"
+        raise ValueError(
+            f"{name!r} is a {type(module).__name__} with {what}, which a packed layer would not run; remove it first"
+        )
+
+
 def weight_dtypes() -> str:
     """For messages."""
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in WEIGHT_DTYPES)

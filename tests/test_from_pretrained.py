@@ -337,3 +337,31 @@ def test_the_decoder_inside_a_causal_model_is_saved_by_itself(tmp_path: Path, fa
         assert torch.equal(again(tokens).logits, model(tokens).logits)
     with pytest.raises(ArtifactError, match="no such module"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "decoder")
+
+
+def test_layers_that_do_more_than_multiply_are_not_packed_on_loading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A release of transformers may have made one of a layer that was plain when it was saved."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 2
+
+    model = tiny_model("llama")
+    masks = masks_for(model)
+    model.save_pretrained(tmp_path / "dense")
+    convert(model, masks).save_pretrained(tmp_path / "packed")
+    real = LlamaMLP.__init__
+
+    def with_scaled(self: Any, *arguments: Any, **keywords: Any) -> None:
+        real(self, *arguments, **keywords)
+        self.up_proj.__class__ = Scaled
+
+    monkeypatch.setattr(LlamaMLP, "__init__", with_scaled)
+    what = r"'model.layers.0.mlp.up_proj' is a Scaled with a forward of its own, which a packed layer would not run"
+    with pytest.raises(ArtifactError, match=what):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    with pytest.raises(ValueError, match=what):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=PatchConfig(masks=masks))
