@@ -183,4 +183,6 @@ def refresh_all() -> int:
     """
     with _lock:
         living = [(entry, leaves) for entry in list(_living) if (leaves := entry.leaves()) is not None]
+        for entry, _ in living:
+            entry.stamp = ()  # stale: if one runs out of memory, those behind it are read again when they are called
         return sum(not entry.refresh(leaves, force=True) for entry, leaves in living)

@@ -339,9 +339,7 @@ def test_the_decoder_inside_a_causal_model_is_saved_by_itself(tmp_path: Path, fa
         AutoModelForCausalLM.from_pretrained(tmp_path / "decoder")
 
 
-def test_layers_that_do_more_than_multiply_are_not_packed_on_loading(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_layers_that_do_more_than_multiply_are_not_packed_on_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A release of transformers may have made one of a layer that was plain when it was saved."""
     from transformers.models.llama.modeling_llama import LlamaMLP
 

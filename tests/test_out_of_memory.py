@@ -23,6 +23,7 @@ from patch_compiler import (
     explain,
     module,
     pack_on_load,
+    refresh,
     stored,
 )
 from patch_compiler.linears import mask_of, named_linears
@@ -30,6 +31,7 @@ from patch_compiler.linears import mask_of, named_linears
 from .failing_memory import FailingMemory
 from .models import tiny_model
 from .strategies import random_hard_mask, same_bits
+from .test_backend import REFERENCE, MaskedLinear, close
 from .test_merge_projections import FORMS, graphs, make, right, x  # noqa: F401
 from .test_merge_projections import gpu as gpu_with_launches  # noqa: F401
 from .test_module import masks_for
@@ -211,6 +213,25 @@ def test_a_graph_runs_dense_what_could_not_be_packed(form: str) -> None:
             else:
                 assert f"{site.name} is left dense: {site.reason}" in str(caught[-1].message)
                 assert site.runs == "dense GEMM"
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_refresh_that_was_interrupted_is_made_up_for() -> None:
+    """Of changes that no counter shows, which nothing but `refresh` would notice."""
+    block, inputs = nn.Sequential(MaskedLinear(64, 96), MaskedLinear(96, 64)).eval(), torch.randn(3, 64)
+    with torch.no_grad():
+        for kernel in ("reference", "dense"):
+            fast = torch.compile(block, backend="patch", options=REFERENCE | {"kernel": kernel})
+            fast(inputs)
+            with FailingMemory() as memory:
+                refresh()
+            assert memory.count > 10
+            for fails in torch.randint(1, memory.count + 1, (12,)).tolist():
+                for linear in block:
+                    linear.weight.data.mul_(torch.rand(()) + 0.5)
+                with pytest.raises(torch.OutOfMemoryError), FailingMemory(fails):
+                    refresh()
+                close(fast(inputs), block(inputs))
 
 
 def test_packing_while_loading_gives_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
