@@ -104,7 +104,7 @@ class PatchLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PatchLinear:
         """Module.to() and its kin. Slabs are of one GPU generation and of two dtypes: elsewhere the layer is canonical."""
         before, was_meta = self.layout, self.values.is_meta
-        goes_to = fn(self.values.new_empty(1))
+        goes_to = fn(self.values.flatten()[:1])  # a view: a full GPU must be left without taking memory on it
         wanted = "canonical" if goes_to.is_meta else layout_for(goes_to.device, goes_to.dtype, self.tile_map)
         if before != "canonical" and wanted != before:
             try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import warnings
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from torch import Tensor, fx, nn
 from transformers import AutoModelForCausalLM
 
 import passes
+from codegen.formats.slabs import Slabs
 from passes import Linear, Options, masked_weight
 from patch_compiler import (
     PatchConfig,
@@ -27,6 +30,7 @@ from patch_compiler import (
     stored,
 )
 from patch_compiler.linears import mask_of, named_linears
+from patch_compiler.packed import PackedWeight
 
 from .failing_memory import FailingMemory
 from .models import tiny_model
@@ -234,7 +238,9 @@ def test_a_refresh_that_was_interrupted_is_made_up_for() -> None:
                 close(fast(inputs), block(inputs))
 
 
-def test_packing_while_loading_gives_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packing_while_loading_gives_no_model_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     model = tiny_model("llama")
     masks = masks_for(model)
     model.save_pretrained(tmp_path)
@@ -244,7 +250,41 @@ def test_packing_while_loading_gives_no_model(tmp_path: Path, monkeypatch: pytes
 
     with monkeypatch.context() as patched:
         patched.setattr(pack_on_load, "pack", out_of_memory)
-        with pytest.raises((torch.OutOfMemoryError, RuntimeError)):
+        monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+        with pytest.raises(RuntimeError):
             AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=PatchConfig(masks=masks))
+    assert re.search(r"no memory left on cpu to pack 'model\.layers\.\d\.\S+'; load with device_map='cpu'", caplog.text)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=PatchConfig(masks=masks))
     assert not named_linears(again)
+
+
+@pytest.mark.usefixtures("layouts")
+def test_a_layer_leaves_a_device_that_has_no_memory_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no second device here: the one that is left is where slabs cannot be converted."""
+    linear = layer(7)
+    before, full = linear.dense_weight(), linear.values.device
+    real, moved = stored.from_slabs, []
+
+    def from_slabs(slabs: Slabs) -> PackedWeight:
+        if not moved:
+            raise torch.OutOfMemoryError("deliberate")
+        return real(slabs)
+
+    def to(self: stored.StoredWeight, device: torch.device) -> stored.StoredWeight:
+        moved.append(device)
+        return self
+
+    class Elsewhere(Tensor):
+        device = torch.device("cpu", 1)
+
+    monkeypatch.setattr(stored, "from_slabs", from_slabs)
+    monkeypatch.setattr(stored.StoredWeight, "to", to)
+    monkeypatch.setattr(module, "layout_for", lambda *_: "canonical")
+    if linear.layout != "canonical":
+        with pytest.raises(torch.OutOfMemoryError):  # it stays on the device: nothing can be done
+            linear.to(full)
+        assert linear.layout == "rows"
+        linear._apply(lambda t: t.as_subclass(Elsewhere) if t.numel() == 1 else t)
+        assert moved == [torch.device("cpu", 1)]
+    assert linear.layout == "canonical"
+    assert same_bits(linear.dense_weight(), before)
