@@ -7,6 +7,7 @@ for, so that operators, modules and graphs share it and nothing keeps a weight a
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,28 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from triton.errors import TritonError
 
 from codegen import cost_model, emit, tuning
-from codegen.formats.slab_map import SlabMap, slab_map, why_not
-from codegen.formats.slabs import DTYPES, Order
+from codegen.formats.slab_map import SlabMap, slab_map
+from codegen.formats.slabs import Order
 from codegen.gpu import GpuSpec, this_gpu
 from codegen.kernels.expand import block_table, expand
 from codegen.plan import WorkPlan, work_plan
 from codegen.schedule import Decode, Gemm, Problem, Schedule
 from codegen.workspace import Workspaces, to_stay
 from patch_compiler.tile_map import TileMap
-
-
-def order_for(device: torch.device, dtype: torch.dtype, tile_map: TileMap) -> Order | None:
-    """In which order a weight's slabs should lie on this device; None where nothing runs slabs."""
-    if device.type != "cuda" or torch.version.hip is not None:  # the kernels hold NVIDIA's instructions
-        return None
-    if dtype not in DTYPES or why_not(tile_map) is not None or tile_map.shape[1] % 8:
-        return None
-    gpu = this_gpu(device.index if device.index is not None else torch.cuda.current_device())
-    if gpu.runs_hopper:
-        return "rows"
-    return "fragments" if gpu.capability >= 80 else None
 
 
 @dataclass(frozen=True)
@@ -49,6 +39,7 @@ class _Launch:
 
 
 _workspaces = Workspaces()
+_refused: set[tuple[Schedule, int, torch.dtype, str]] = set()  # what this Triton did not compile: Layer._key
 _MOST_CHOICES = 8192  # a server sees many different T
 
 
@@ -72,6 +63,8 @@ class Layer:
         found = self._choices.get((tokens, dense_weight))
         if found is None:
             found = tuning.pick(self.problem(dense_weight=dense_weight), self.gpu, tokens)
+            if self._key(found) in _refused:
+                found = Gemm(expand=not dense_weight)
             if len(self._choices) >= _MOST_CHOICES:
                 self._choices.clear()
             self._choices[tokens, dense_weight] = found
@@ -83,13 +76,20 @@ class Layer:
     ) -> None:  # fmt: skip
         """Write x [T, K] Wᵀ + bias [M] into y [T, M] (x and y contiguous) on the current stream.
 
-        dense: W in parts [M_i, K] if a dense copy is at hand. schedule: default the best known. Raises ValueError if it is
-        illegal here.
+        dense: W in parts [M_i, K] if a dense copy is at hand. schedule: default the best known that Triton compiles here; a
+        dense GEMM takes the place of one that it does not, with a warning. Raises ValueError if it is illegal here.
         """
         if y.numel() == 0:
             return
         if schedule is None:
             schedule = self.schedule(x.shape[0], bool(dense))
+            try:
+                return self.run(y, x, values, metadata, bias, dense, schedule)
+            except Exception as error:
+                if not isinstance(schedule, Decode) or not _is_of_compiler(error):
+                    raise
+                self._refuse(schedule, error)
+            return self.run(y, x, values, metadata, bias, dense)
         with torch.cuda.device_of(x):
             if isinstance(schedule, Gemm):
                 first = 0
@@ -104,11 +104,29 @@ class Layer:
             else:
                 raise ValueError(f"schedule {schedule}: the weight is held as slabs")
 
+    def _key(self, schedule: Schedule) -> tuple[Schedule, int, torch.dtype, str]:
+        return schedule, self.map.rows, self.dtype, self.gpu.key
+
+    def _refuse(self, schedule: Schedule, error: Exception) -> None:
+        key = self._key(schedule)
+        with self._lock:
+            if key not in _refused:
+                (what, *_) = str(error).strip().splitlines() or [""]
+                warnings.warn(
+                    f"patch: Triton {self.gpu.triton} does not compile {schedule} for {self.gpu.name}: {type(error).__name__} "
+                    f"{what[:200]}; a dense GEMM runs instead",
+                    stacklevel=2,
+                )
+            _refused.add(key)
+            self._choices.clear()
+
     def dense(self, values: Tensor, metadata: Tensor) -> Tensor:
         """A dense copy of W [M, K], +0.0 where nothing is kept."""
         with torch.cuda.device_of(values):
             if self._blocks is None:
-                self._blocks = self._to_device(block_table(self.map, self.tile_map.shape[1]))
+                with self._lock:  # a second table would free the first one under a kernel that reads it
+                    if self._blocks is None:
+                        self._blocks = self._to_device(block_table(self.map, self.tile_map.shape[1]))
             return expand(values, metadata, self._blocks, self.order, *self.tile_map.shape)
 
     def _launch(self, s: Decode, y: Tensor, x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None) -> None:
@@ -166,6 +184,16 @@ class Layer:
         )
 
 
+def _is_of_compiler(error: Exception) -> bool:
+    """Whether Triton failed to compile a kernel, or is of a version whose language the kernel does not speak.
+
+    Not what a launch raises: after a fault on the GPU nothing can be trusted to run instead.
+    """
+    if isinstance(error, TritonError | ImportError | AttributeError | TypeError):
+        return True
+    return type(error) is RuntimeError and "PassManager" in str(error)
+
+
 def _descriptors(x: Tensor, values: Tensor, metadata: Tensor, tokens: int, rows: int, panel_rows: int) -> tuple[Any, Any, Any]:
     """For TMA. rows: that one program computes, of a panel of panel_rows."""
     from triton.experimental.gluon import language as gl
@@ -191,6 +219,10 @@ class _Entry:
     values_version: int
     layer: Layer
 
+    def is_of(self, kinds: Tensor) -> bool:
+        """Whether the memory is still the same weight's, and its map was not written."""
+        return self.kinds_version == _version(kinds) and not any(s.expired() for s in self.storages)
+
 
 _entries: dict[tuple[Any, ...], _Entry] = {}
 _entries_lock = threading.Lock()
@@ -204,13 +236,16 @@ def layer_of(values: Tensor, kinds: Tensor, shape: tuple[int, int], tile: tuple[
     """
     key = (values.data_ptr(), kinds.data_ptr(), shape, tile, order)
     entry = _entries.get(key)
-    if entry is None or entry.kinds_version != _version(kinds) or any(s.expired() for s in entry.storages):
+    if entry is None or not entry.is_of(kinds):
         with torch.cuda.device_of(values):
             if torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
                     f"patch: a weight of shape {shape} runs for the first time inside a CUDA graph capture; run it before"
                 )
         with _entries_lock:
+            entry = _entries.get(key)
+            if entry is not None and entry.is_of(kinds):
+                return entry.layer  # another thread was faster
             for gone in [k for k, e in _entries.items() if any(s.expired() for s in e.storages)]:
                 del _entries[gone]
             layer = Layer(TileMap(shape, tile, kinds.cpu()), values.dtype, order, values.device)

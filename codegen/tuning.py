@@ -29,7 +29,7 @@ from codegen.cost_model import Interval
 from codegen.formats.slab_map import SlabMap
 from codegen.gpu import GpuSpec
 from codegen.schedule import Decode, Gemm, Problem, Reference, Schedule
-from patch_compiler.atomic import atomic_file
+from patch_compiler.atomic import atomic_file, locked
 from patch_compiler.cache import cache_directory
 
 FORMAT = 1
@@ -202,9 +202,10 @@ def read(path: Path, gpu: GpuSpec) -> Table:
 def update(path: Path, gpu: GpuSpec, entries: Iterable[Entry]) -> int:
     """Put what was measured into a file, atomically, and return how many of the entries went in: those that beat the default.
 
-    What the file said before of the same keys is dropped; a file that cannot be used is replaced. Raises OSError.
+    What the file said before of the same keys is dropped; what other processes put in meanwhile stays; a file that cannot be
+    used is replaced. Raises OSError.
     """
-    with _lock:
+    with _lock, locked(path.parent):
         try:
             old = read(path, gpu)
         except TableError as error:

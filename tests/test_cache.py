@@ -89,9 +89,7 @@ def test_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PATCH_CACHE_DIR", str(tmp_path / "file" / "cache"))
     monkeypatch.setattr(tempfile, "mkdtemp", none)
-    with pytest.raises(
-        RuntimeError, match=r"^patch: .*file/cache cannot be written .*, nor .*; set PATCH_CACHE_DIR"
-    ):
+    with pytest.raises(RuntimeError, match=r"^patch: .*file/cache cannot be written .*, nor .*; set PATCH_CACHE_DIR"):
         emit.emit(SPECIALISATION)
 
 
