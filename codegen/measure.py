@@ -56,26 +56,38 @@ def copies(nbytes: int) -> int:
     return min(256, max(2, -(-COLD_BYTES // max(nbytes, 1))))
 
 
-def measure(variants: Mapping[Name, Sequence[Callable[[], object]]], rounds: int = 15) -> dict[Name, Timing]:
+def measure(
+    variants: Mapping[Name, Sequence[Callable[[], object]]],
+    rounds: int = 15,
+    too_large: Callable[[Name, torch.OutOfMemoryError], None] | None = None,
+) -> dict[Name, Timing]:
     """Time each variant's calls on the current GPU, one after the other without a gap.
 
     The calls must be capturable in a CUDA graph: no allocation that outlives them, no synchronisation. Each is run once
-    before, outside the capture.
+    before, outside the capture. too_large: told of a variant for whose graph there is no memory, which is left out unless
+    it raises; default: the error is raised.
     """
     stream = torch.cuda.Stream()
-    graphs = {name: _graph(calls, stream) for name, calls in variants.items()}
+    graphs: dict[Name, tuple[Any, int]] = {}
+    for name, calls in variants.items():
+        try:
+            graphs[name] = _graph(calls, stream)
+        except torch.OutOfMemoryError as error:
+            if too_large is None:
+                raise
+            too_large(name, error)
     for graph, _ in graphs.values():
         graph.replay()
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     found: dict[Name, list[float]] = {name: [] for name in graphs}
     for _ in range(rounds):
-        for name, (graph, calls) in graphs.items():
+        for name, (graph, times) in graphs.items():
             before.record()
             graph.replay()
             after.record()
             after.synchronize()
-            found[name].append(before.elapsed_time(after) * 1e3 / calls)
-    return {name: Timing(tuple(times)) for name, times in found.items()}  # `variants` lived until here, and what they use
+            found[name].append(before.elapsed_time(after) * 1e3 / times)
+    return {name: Timing(tuple(us)) for name, us in found.items()}  # `variants` lived until here, and what they use
 
 
 def _graph(calls: Sequence[Callable[[], object]], stream: torch.cuda.Stream) -> tuple[Any, int]:

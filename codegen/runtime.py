@@ -7,6 +7,7 @@ for, so that operators, modules and graphs share it and nothing keeps a weight a
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from triton.errors import TritonError
 
 from codegen import cost_model, emit, tuning
 from codegen.decode_schedule import Decode
-from codegen.formats.slab_map import SlabMap, slab_map, why_not
-from codegen.formats.slabs import DTYPES, Order
+from codegen.formats.slab_map import SlabMap, slab_map
+from codegen.formats.slabs import Order
 from codegen.gpu import GpuSpec, this_gpu
 from codegen.kernels import silu_product
 from codegen.kernels.expand import block_table, expand
@@ -34,15 +36,6 @@ from codegen.workspace import Workspaces, to_stay
 from patch_compiler.tile_map import TileMap
 
 
-def order_for(device: torch.device, dtype: torch.dtype, tile_map: TileMap) -> Order | None:
-    """In which order a weight's slabs should lie on this device; None where nothing runs slabs."""
-    if device.type != "cuda" or torch.version.hip is not None:  # the kernels hold NVIDIA's instructions
-        return None
-    if dtype not in DTYPES or why_not(tile_map) is not None or tile_map.shape[1] % 8:
-        return None
-    return this_gpu(device.index if device.index is not None else torch.cuda.current_device()).order
-
-
 @dataclass(frozen=True)
 class _Launch:
     """What a schedule's launches of one layer have in common."""
@@ -54,6 +47,7 @@ class _Launch:
 
 
 _workspaces = Workspaces()
+_refused: set[tuple[Schedule, int, torch.dtype, str]] = set()  # what this Triton did not compile: Layer._key
 _MOST_CHOICES = 8192  # a server sees many different T
 
 
@@ -78,6 +72,8 @@ class Layer:
         found = self._choices.get((tokens, dense_weight))
         if found is None:
             found = tuning.pick(self.problem(dense_weight=dense_weight), self.gpu, tokens)
+            if self._key(found) in _refused:
+                found = Gemm(expand=not dense_weight)
             if len(self._choices) >= _MOST_CHOICES:
                 self._choices.clear()
             self._choices[tokens, dense_weight] = found
@@ -85,19 +81,39 @@ class Layer:
 
     def run(
         self, y: Tensor, x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, dense: Sequence[Tensor] = (),
-        schedule: Schedule | None = None,
+        schedule: Schedule | None = None, *, gated: bool = False,
     ) -> None:  # fmt: skip
         """Write x [T, K] Wᵀ + bias [M] into y [T, M] (x and y contiguous) on the current stream.
 
-        dense: W in parts [M_i, K] if a dense copy is at hand. schedule: default the best known. Raises ValueError if it is
-        illegal here.
+        dense: W in parts [M_i, K] if a dense copy is at hand. schedule: default the best known that Triton compiles here; a
+        dense GEMM takes the place of one that it does not, with a warning. gated: W is G [M / 2, K] over U [M / 2, K], and
+        y [T, M / 2] is silu(x Gᵀ + bias₀) * (x Uᵀ + bias₁), both factors rounded to the dtype first; in one launch where the
+        schedule's kernel can end so. Raises ValueError if the schedule is illegal here.
         """
         if y.numel() == 0:
             return
-        if schedule is None:
-            schedule = self.schedule(x.shape[0], bool(dense))
+        operands = y, x, values, metadata, bias
+        if schedule is not None:
+            return self._run(schedule, *operands, dense, gated)
+        picked = self.schedule(x.shape[0], bool(dense))
+        try:
+            return self._run(picked, *operands, dense, gated)
+        except Exception as error:
+            if not isinstance(picked, Fused) or not _is_of_compiler(error):
+                raise
+            self._refuse(picked, error)
+        return self._run(self.schedule(x.shape[0], bool(dense)), *operands, dense, gated)
+
+    def _run(
+        self, schedule: Schedule, y: Tensor, x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None,
+        dense: Sequence[Tensor], gated: bool,
+    ) -> None:  # fmt: skip
         with torch.cuda.device_of(x):
-            if isinstance(schedule, Gemm):
+            if gated and not (isinstance(schedule, Decode) and schedule.can_gate):
+                both = x.new_empty(x.shape[0], self.tile_map.shape[0])
+                self._run(schedule, both, x, values, metadata, bias, dense, gated=False)
+                silu_product.launch_triton(y, both)
+            elif isinstance(schedule, Gemm):
                 first = 0
                 for weight in dense if dense and not schedule.expand else [self.dense(values, metadata)]:
                     part = slice(first, first := first + weight.shape[0])
@@ -106,42 +122,39 @@ class Layer:
                     else:
                         torch.addmm(bias[part], x, weight.t(), out=y[:, part])
             elif isinstance(schedule, Decode):
-                self._launch(schedule, y, x, values, metadata, bias)
+                self._launch(schedule, y, x, values, metadata, bias, gated)
             elif isinstance(schedule, Prefill | TensorPrefill):
                 self._prefill(schedule, bias is not None)(y, x, values, metadata, bias)
             else:
                 raise ValueError(f"schedule {schedule}: the weight is held as slabs")
 
-    def run_gated(
-        self, y: Tensor, x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, dense: Sequence[Tensor] = (),
-        schedule: Schedule | None = None,
-    ) -> None:  # fmt: skip
-        """Write silu(x Gᵀ + bias₀) * (x Uᵀ + bias₁) into y [T, M / 2], where this weight is G [M / 2, K] over U [M / 2, K].
+    def _key(self, schedule: Schedule) -> tuple[Schedule, int, torch.dtype, str]:
+        return schedule, self.map.rows, self.dtype, self.gpu.key
 
-        As `run`, in one launch where the schedule's kernel can end so. Both factors are rounded to the dtype first.
-        """
-        if y.numel() == 0:
-            return
-        if schedule is None:
-            schedule = self.schedule(x.shape[0], bool(dense))
-        if isinstance(schedule, Decode) and schedule.can_gate:
-            with torch.cuda.device_of(x):
-                self._launch(schedule, y, x, values, metadata, bias, gated=True)
-        else:
-            both = x.new_empty(x.shape[0], self.tile_map.shape[0])
-            self.run(both, x, values, metadata, bias, dense, schedule)
-            with torch.cuda.device_of(x):
-                silu_product.launch_triton(y, both)
+    def _refuse(self, schedule: Schedule, error: Exception) -> None:
+        key = self._key(schedule)
+        with self._lock:
+            if key not in _refused:
+                (what, *_) = str(error).strip().splitlines() or [""]
+                warnings.warn(
+                    f"patch: Triton {self.gpu.triton} does not compile {schedule} for {self.gpu.name}: {type(error).__name__} "
+                    f"{what[:200]}; a dense GEMM runs instead",
+                    stacklevel=2,
+                )
+            _refused.add(key)
+            self._choices.clear()
 
     def dense(self, values: Tensor, metadata: Tensor) -> Tensor:
         """A dense copy of W [M, K], +0.0 where nothing is kept."""
         with torch.cuda.device_of(values):
             if self._blocks is None:
-                self._blocks = self._to_device(block_table(self.map, self.tile_map.shape[1]))
+                with self._lock:  # a second table would free the first one under a kernel that reads it
+                    if self._blocks is None:
+                        self._blocks = self._to_device(block_table(self.map, self.tile_map.shape[1]))
             return expand(values, metadata, self._blocks, self.order, *self.tile_map.shape)
 
     def _launch(
-        self, s: Decode, y: Tensor, x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, *, gated: bool = False
+        self, s: Decode, y: Tensor, x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, gated: bool
     ) -> None:
         launch = self._launches.get((s, bias is not None, gated)) or self._prepare(s, bias is not None, gated)
         (tokens, out_features), in_features, rows = y.shape, self.tile_map.shape[1], s.cta_rows(self.map.rows)
@@ -216,6 +229,16 @@ class Layer:
         )
 
 
+def _is_of_compiler(error: Exception) -> bool:
+    """Whether Triton failed to compile a kernel, or is of a version whose language the kernel does not speak.
+
+    Not what a launch raises: after a fault on the GPU nothing can be trusted to run instead.
+    """
+    if isinstance(error, TritonError | ImportError | AttributeError | TypeError):
+        return True
+    return type(error) is RuntimeError and "PassManager" in str(error)
+
+
 def _descriptors(x: Tensor, values: Tensor, metadata: Tensor, tokens: int, rows: int, panel_rows: int) -> tuple[Any, Any, Any]:
     """For TMA. rows: that one program computes, of a panel of panel_rows."""
     from triton.experimental.gluon import language as gl
@@ -241,6 +264,10 @@ class _Entry:
     values_version: int
     layer: Layer
 
+    def is_of(self, kinds: Tensor) -> bool:
+        """Whether the memory is still the same weight's, and its map was not written."""
+        return self.kinds_version == _version(kinds) and not any(s.expired() for s in self.storages)
+
 
 _entries: dict[tuple[Any, ...], _Entry] = {}
 _entries_lock = threading.Lock()
@@ -254,13 +281,16 @@ def layer_of(values: Tensor, kinds: Tensor, shape: tuple[int, int], tile: tuple[
     """
     key = (values.data_ptr(), kinds.data_ptr(), shape, tile, order)
     entry = _entries.get(key)
-    if entry is None or entry.kinds_version != _version(kinds) or any(s.expired() for s in entry.storages):
+    if entry is None or not entry.is_of(kinds):
         with torch.cuda.device_of(values):
             if torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
                     f"patch: a weight of shape {shape} runs for the first time inside a CUDA graph capture; run it before"
                 )
         with _entries_lock:
+            entry = _entries.get(key)
+            if entry is not None and entry.is_of(kinds):
+                return entry.layer  # another thread was faster
             for gone in [k for k, e in _entries.items() if any(s.expired() for s in e.storages)]:
                 del _entries[gone]
             layer = Layer(TileMap(shape, tile, kinds.cpu()), values.dtype, order, values.device)

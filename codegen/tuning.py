@@ -34,7 +34,7 @@ from codegen.prefill_schedule import CLUSTERS, Prefill
 from codegen.problem import Problem
 from codegen.schedule import Fused, Gemm, Reference, Schedule
 from codegen.tensor_schedule import TensorPrefill
-from patch_compiler.atomic import atomic_file
+from patch_compiler.atomic import atomic_file, locked
 from patch_compiler.cache import cache_directory
 
 FORMAT = 1
@@ -218,9 +218,10 @@ def read(path: Path, gpu: GpuSpec) -> Table:
 def update(path: Path, gpu: GpuSpec, entries: Iterable[Entry]) -> int:
     """Put what was measured into a file, atomically, and return how many of the entries went in: those that beat the default.
 
-    What the file said before of the same keys is dropped; a file that cannot be used is replaced. Raises OSError.
+    What the file said before of the same keys is dropped; what other processes put in meanwhile stays; a file that cannot be
+    used is replaced. Raises OSError.
     """
-    with _lock:
+    with _lock, locked(path.parent):
         try:
             old = read(path, gpu)
         except TableError as error:

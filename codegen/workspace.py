@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TypeVar
 
 import torch
@@ -62,7 +63,6 @@ class Workspaces:
             return old  # another thread was faster
         floats, counters = max(floats, _FLOATS), max(counters, _COUNTERS)
         if old is not None:
-            self._kept.append(old)
             floats, counters = max(floats, 2 * old[0].numel()), max(counters, 2 * old[1].numel())
 
         def make() -> Workspace:
@@ -75,13 +75,20 @@ class Workspaces:
                 only_here = make()
                 self._kept.append(only_here)
                 return only_here
-            self._of_stream[key] = spare
+            self._replace(key, spare)
             return spare
-        found = self._of_stream[key] = to_stay(make, device)
+        found = to_stay(make, device)
+        self._replace(key, found)
         spare = self._spare.get(index)
         if spare is None or not _fits(spare, floats, counters):
-            self._spare[index] = to_stay(make, device)
+            with suppress(torch.OutOfMemoryError):  # this launch needs none, and a capture can do without
+                self._spare[index] = to_stay(make, device)
         return found
+
+    def _replace(self, key: tuple[int, int], workspace: Workspace) -> None:
+        if key in self._of_stream:
+            self._kept.append(self._of_stream[key])
+        self._of_stream[key] = workspace
 
 
 def _fits(workspace: Workspace, floats: int, counters: int) -> bool:

@@ -17,7 +17,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from patch_compiler.hf import is_compressed, load_compressed
+from patch_compiler.hf import load_compressed
+from patch_compiler.model_source import ModelSource, model_source
 
 PRUNING_RECORD = "pruning.json"  # settings and reached sparsity, beside what `python -m learning prune` and `learn` write
 
@@ -46,44 +47,32 @@ def load_model(
 
     Raises ValueError if there is nothing to load under this name, a package is missing, or it is no causal language model.
     """
-    source = os.fspath(name_or_path)
-    path = Path(source).expanduser()
-    if is_compressed(path):
-        loaded = _load_compressed(path, dtype, device)
-    elif (gguf := _gguf_file(path)) is not None:
-        loaded = _load_gguf(gguf, dtype, device)
+    source = model_source(name_or_path)
+    if source.kind == "packed":
+        loaded = _load_compressed(Path(source.location), dtype, device)
+    elif source.kind == "gguf":
+        loaded = _load_gguf(Path(source.location), dtype, device)
     else:
-        loaded = _load_hf(_hf_source(source), path.resolve().name if path.is_dir() else source, dtype, device)
+        loaded = _load_hf(source, dtype, device)
     loaded.model.config._name_or_path = loaded.name  # artifacts copy it; a path on this machine means nothing elsewhere
     return loaded
 
 
 def load_skeleton(name_or_path: str | os.PathLike[str]) -> nn.Module:
     """The model on the meta device: its layers' names and shapes, no weights read. Names and errors as in `load_model`."""
-    source = os.fspath(name_or_path)
-    path = Path(source).expanduser()
-    gguf = None if is_compressed(path) else _gguf_file(path)
-    if gguf is not None:
-        _require_gguf_packages(gguf)
+    source = model_source(name_or_path)
+    if source.kind == "gguf":
+        gguf = Path(source.location)
+        _require_gguf(gguf)
         try:
             config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
         except Exception as error:  # the reader checks little: a damaged file surfaces as any error
             raise ValueError(f"{gguf.name} cannot be read as a GGUF checkpoint: {_first_line(error)}") from error
         config.__dict__.pop("quantization_config", None)
     else:
-        config = _read_config(_hf_source(source))
+        config = _read_config(source.location)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
-
-
-def _hf_source(source: str) -> str:
-    """What transformers shall load: an existing directory or a hub id."""
-    path = Path(source).expanduser()
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ValueError(f"model directory {source!r} holds neither config.json nor a .gguf file")
-    if not path.is_dir() and (path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1):
-        raise ValueError(f"model {source!r}: no such directory or .gguf file")
-    return str(path) if path.is_dir() else source
 
 
 def check_context(model: nn.Module, context: int) -> None:
@@ -103,15 +92,15 @@ def _read_config(source: str) -> Any:
     return config
 
 
-def _load_hf(source: str, name: str, dtype: torch.dtype | None, device: torch.device | str) -> LoadedModel:
-    _read_config(source)
+def _load_hf(source: ModelSource, dtype: torch.dtype | None, device: torch.device | str) -> LoadedModel:
+    _read_config(source.location)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model, info = _from_pretrained(source, dtype=dtype or "auto")
+        tokenizer = AutoTokenizer.from_pretrained(source.location)
+        model, info = _from_pretrained(source.location, dtype=dtype or "auto")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"model {source!r} cannot be loaded: {_first_line(error)}") from error
-    _check_complete(info, name)
-    return LoadedModel(model.to(device).eval(), tokenizer, name)
+        raise ValueError(f"model {source.location!r} cannot be loaded: {_first_line(error)}") from error
+    _check_complete(info, source.name)
+    return LoadedModel(model.to(device).eval(), tokenizer, source.name)
 
 
 def _from_pretrained(source: str, **options: Any) -> tuple[Any, dict[str, Any]]:
@@ -144,21 +133,8 @@ def _how_pruned(path: Path) -> str | None:
         return None
 
 
-def _gguf_file(path: Path) -> Path | None:
-    if path.suffix == ".gguf" and path.is_file():
-        return path
-    if not path.is_dir() or (path / "config.json").is_file():
-        return None
-    files = sorted(path.glob("*.gguf"))
-    if len(files) > 1:
-        raise ValueError(
-            f"model directory {str(path)!r} holds {len(files)} .gguf files; name one of {', '.join(f.name for f in files)}"
-        )
-    return files[0] if files else None
-
-
 def _load_gguf(file: Path, dtype: torch.dtype | None, device: torch.device | str) -> LoadedModel:
-    _require_gguf_packages(file)
+    _require_gguf(file)
     options: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):  # releases that can keep the weights in GGUF blocks must be told not to
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -174,10 +150,9 @@ def _load_gguf(file: Path, dtype: torch.dtype | None, device: torch.device | str
     return LoadedModel(model, tokenizer, name, note="weights de-quantised from a GGUF file")
 
 
-def _require_gguf_packages(file: Path) -> None:
-    missing = [package for package in ("gguf", "accelerate") if find_spec(package) is None]
-    if missing:
-        raise ValueError(f"{file.name}: reading GGUF needs {' and '.join(missing)}; pip install 'patch-compiler[gguf]'")
+def _require_gguf(file: Path) -> None:
+    if find_spec("gguf") is None:
+        raise ValueError(f"{file.name}: reading GGUF needs gguf; pip install 'patch-compiler[gguf]'")
 
 
 def _ordinary(packed: Any, dtype: torch.dtype) -> Any:

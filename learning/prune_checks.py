@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from patch_compiler.linears import mask_of, named_linears, weight_of
+from patch_compiler.linears import WEIGHT_DTYPES, mask_of, named_linears, weight_dtypes, weight_of
 
 from .budget import check_hybrid_sparsity
 from .calibration import Calibration
@@ -61,8 +61,8 @@ def checked_linears(model: nn.Module, include: str | None, exclude: str | None) 
         weight = weight_of(module)
         if weight.is_meta:
             raise ValueError(f"{name}: its weight is not in memory (offloaded model); load the model on one device")
-        if not weight.is_floating_point():
-            raise ValueError(f"{name}: cannot prune weights of {weight.dtype}; load the model in float32, bfloat16 or float16")
+        if weight.dtype not in WEIGHT_DTYPES:
+            raise ValueError(f"{name}: cannot prune weights of {weight.dtype}; load the model in one of {weight_dtypes()}")
         if not bool(weight.isfinite().all()):
             raise ValueError(f"{name}: {int((~weight.isfinite()).sum())} of its {weight.numel()} weights are NaN or infinite")
     return linears

@@ -90,7 +90,13 @@ def _dense_linear(node: fx.Node, context: Context) -> Linear:
     elif context.options.check_weights and any(t.is_inference() for t in leaves):
         linear.reason = "its weight was made under torch.inference_mode: a change could not be noticed (option check_weights)"
     else:
-        linear.source = _source(expression, attached, leaves, context)
+        try:
+            linear.source = _source(expression, attached, leaves, context)
+        except torch.OutOfMemoryError:
+            if context.options.strict:
+                raise
+            linear.reason = "no memory left to read its mask"
+            warnings.warn(f"patch: {linear.name} is left dense: {linear.reason}", stacklevel=2)
     return linear
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from patch_compiler.stored import StoredWeight, merge
 from .context import Context, Linear, Merged
 from .dynamo import MOVED, add_buffer, guard_identity
 from .operands import is_inside, is_vector, operands
-from .pick_schedules import keeps_dense
+from .pick_schedules import keeps_dense, schedule
 
 
 def run(graph: fx.Graph, context: Context) -> fx.Graph:
@@ -27,10 +28,22 @@ def run(graph: fx.Graph, context: Context) -> fx.Graph:
     for number, linear in enumerate(context.linears):
         if linear.merged is not None or linear.source is None or linear.runs == "unchanged":
             continue
-        with graph.inserting_before(linear.node):
-            replacement = _packed(linear, number, context) if linear.runs == "packed" else _folded(linear, number, context)
+        try:
+            with graph.inserting_before(linear.node):
+                replacement = _packed(linear, number, context) if linear.runs == "packed" else _folded(linear, number, context)
+        except torch.OutOfMemoryError:
+            if context.options.strict:
+                raise
+            _leave_dense(linear)
+            continue
         _replace(linear, replacement, graph)
     return graph
+
+
+def _leave_dense(linear: Linear) -> None:
+    what = "pack" if linear.runs == "packed" else "fold"
+    linear.runs, linear.choices, linear.reason = "unchanged", None, f"no memory left to {what} its weight"
+    warnings.warn(f"patch: {linear.name} is left dense: {linear.reason}", stacklevel=2)
 
 
 def _replace(linear: Linear, replacement: fx.Node, graph: fx.Graph) -> None:
@@ -75,7 +88,18 @@ def _dense(linears: list[Linear]) -> list[fx.Node]:
 def _merge(merged: Merged, number: int, context: Context) -> None:
     """One launch for all members. The members' weights become views of the merged one."""
     members = merged.members
-    whole, views = merge([_stored(m, context) for m in members])
+    try:
+        whole, views = merge([_stored(m, context) for m in members])
+    except torch.OutOfMemoryError:
+        if context.options.strict:
+            raise
+        _launch_apart(members, context)
+        return
+    for member in members:
+        others = ", ".join(m.name.rpartition(".")[2] for m in members if m is not member)
+        member.reason += f"; one launch with {others}"
+        if merged.product is not None:
+            member.reason += ", which ends with silu and the product"
     for member, view in zip(members, views, strict=True):
         if member.source is not None:
             member.source.moved(view)
@@ -127,6 +151,13 @@ def _side_by_side(merged: Merged, whole: StoredWeight, number: int, context: Con
             if outside[i]:
                 part = graph.call_function(operator.add, (part, bias))
         _replace(member, part, graph)
+
+
+def _launch_apart(members: list[Linear], context: Context) -> None:
+    for member in members:
+        member.merged = None
+        member.reason += "; no memory left to lay it beside the others of its input"
+        schedule(member, context)
 
 
 def _stored(linear: Linear, context: Context) -> StoredWeight:

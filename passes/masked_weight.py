@@ -83,9 +83,10 @@ class MaskedWeight:
     def stored(self, leaves: Sequence[Tensor], layout: Layout) -> StoredWeight:
         """The packed weight in a layout, on the weight's device; made once."""
         assert self.mask is not None, "only a weight with a hard mask can be packed"
-        if layout not in self._stored:
-            self._stored[layout] = store(pack(self._evaluate(leaves), self.mask), layout)
-        return self._stored[layout]
+        with _lock:  # another thread may refresh what it holds
+            if layout not in self._stored:
+                self._stored[layout] = store(pack(self._evaluate(leaves), self.mask), layout)
+            return self._stored[layout]
 
     def held(self, layout: Layout) -> StoredWeight | None:
         """The packed weight in a layout if a graph has asked for it."""
@@ -93,13 +94,15 @@ class MaskedWeight:
 
     def moved(self, stored: StoredWeight) -> None:
         """The same weight lies elsewhere from now on: as a part of a merged one."""
-        self._stored[stored.layout] = stored
+        with _lock:
+            self._stored[stored.layout] = stored
 
     def folded(self, leaves: Sequence[Tensor]) -> Tensor:
         """The effective dense weight, masked places +0.0 where there is a hard mask; made once."""
-        if self._folded is None:
-            self._folded = _fold(self._evaluate(leaves), self.mask)
-        return self._folded
+        with _lock:
+            if self._folded is None:
+                self._folded = _fold(self._evaluate(leaves), self.mask)
+            return self._folded
 
     def refresh(self, leaves: Sequence[Tensor], force: bool = False) -> bool:
         """Follow a change of the leaves, writing into the tensors that graphs hold.
@@ -180,4 +183,6 @@ def refresh_all() -> int:
     """
     with _lock:
         living = [(entry, leaves) for entry in list(_living) if (leaves := entry.leaves()) is not None]
+        for entry, _ in living:
+            entry.stamp = ()  # stale: if one runs out of memory, those behind it are read again when they are called
         return sum(not entry.refresh(leaves, force=True) for entry, leaves in living)

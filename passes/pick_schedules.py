@@ -8,6 +8,7 @@ from torch import fx
 from codegen.formats.slab_map import SlabMap, slab_map
 from codegen.gpu import this_gpu
 from codegen.problem import Problem
+from codegen.slab_choice import why_no_slabs
 from codegen.tuning import Choices
 from patch_compiler.tile_map import TileKind
 
@@ -19,7 +20,7 @@ def run(graph: fx.Graph, context: Context) -> fx.Graph:
         if linear.source is not None:
             linear.runs, linear.reason = _decide(linear, context)
         if linear.runs == "packed" and linear.slabs is not None:
-            _schedule(linear, context)
+            schedule(linear, context)
     return graph
 
 
@@ -30,7 +31,8 @@ def keeps_dense(linear: Linear) -> bool:
 
 def _decide(linear: Linear, context: Context) -> tuple[Runs, str]:
     assert linear.source is not None
-    kernel, device = context.options.kernel, linear.source.device.type
+    kernel, device = context.options.kernel, context.device(linear)
+    assert device is not None
     dense: Runs = "folded" if linear.in_graph and linear.source.is_masked else "unchanged"
     if linear.tile_map is None:
         return dense, linear.reason
@@ -39,13 +41,14 @@ def _decide(linear: Linear, context: Context) -> tuple[Runs, str]:
     if kernel == "dense":
         return dense, "option kernel='dense'"
     if kernel == "auto" and linear.layout == "canonical":
-        if device == "cuda":
-            return dense, "only the reference kernel could run it here, and a dense GEMM is faster"
-        return dense, f"on {device} a dense GEMM on the masked weight is faster than decompressing it at every call"
+        if device.type == "cuda":
+            why = why_no_slabs(device, linear.source.dtype, linear.tile_map)
+            return dense, f"only the reference kernel could run it here, and a dense GEMM is faster: {why}"
+        return dense, f"on {device.type} a dense GEMM on the masked weight is faster than decompressing it at every call"
     return "packed", "its mask was found in the graph" if linear.in_graph else "its weight carries a tile map"
 
 
-def _schedule(linear: Linear, context: Context) -> None:
+def schedule(linear: Linear, context: Context) -> None:
     """Intervals of T and what runs in each; the members of a merged launch share them."""
     assert linear.tile_map is not None
     assert linear.slabs is not None
@@ -54,10 +57,6 @@ def _schedule(linear: Linear, context: Context) -> None:
     tile_map, slabs, keeps = linear.tile_map, linear.slabs, keeps_dense(linear)
     if linear.merged is not None:
         first = linear.merged.members[0]
-        others = ", ".join(m.name.rpartition(".")[2] for m in linear.merged.members if m is not linear)
-        linear.reason += f"; one launch with {others}"
-        if linear.merged.product is not None:
-            linear.reason += ", which ends with silu and the product"
         if first is not linear:
             linear.choices = first.choices
             return

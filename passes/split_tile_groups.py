@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from torch import fx
 
-from codegen.formats.slab_map import slab_map, why_not
+from codegen.formats.slab_map import slab_map
+from codegen.slab_choice import why_no_slabs
 from patch_compiler.stored import layout_for
 
 from .context import Context
@@ -22,6 +23,6 @@ def run(graph: fx.Graph, context: Context) -> fx.Graph:
         linear.layout = layout_for(device, linear.dtype, linear.tile_map)
         if linear.layout != "canonical":
             linear.slabs = slab_map(linear.tile_map)
-        elif device.type == "cuda" and (reason := why_not(linear.tile_map)) is not None and linear.source is None:
-            linear.reason = f"{linear.reason}; {reason}"
+        elif device.type == "cuda" and linear.source is None:
+            linear.reason = f"{linear.reason}; {why_no_slabs(device, linear.dtype, linear.tile_map)}"
     return graph

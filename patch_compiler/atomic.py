@@ -10,7 +10,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 OUR_FILES = ("mask.safetensors", "pruning.json")
@@ -52,6 +52,23 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         _check_replaceable(target, path)  # the writer may have run for hours
         _replace_directory(partial, target)
         _flush(target.parent)
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """One process at a time, of those that ask for this directory (made if missing): to change a file that one reads first.
+
+    No file is left behind. Where a file system or platform has no such locks, all are let in.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            handle = os.open(directory, os.O_RDONLY)
+            stack.callback(os.close, handle)  # closing unlocks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager

@@ -26,12 +26,13 @@ from tqdm import tqdm
 from codegen import cost_model, tuning
 from codegen.compile_ahead import compile_all
 from codegen.emit import Specialisation
-from codegen.formats.slab_map import slab_map, why_not
+from codegen.formats.slab_map import slab_map
 from codegen.gpu import GpuSpec, gpu_here, gpu_spec, this_gpu
 from codegen.measure import Timing, copies, measure, random_metadata
 from codegen.problem import Problem
 from codegen.runtime import Layer
 from codegen.schedule import Fused, Gemm, Schedule, legal_schedules
+from codegen.slab_choice import why_untileable
 from codegen.tuning import Entry
 
 from .atomic import atomic_file
@@ -95,7 +96,8 @@ def autotune(
     out: the table to write, default the user's; written after every launch. budget: seconds after which no new measurement
     begins. record: takes every time measured on scattered tiles, for codegen.fit.
 
-    Raises ValueError for bad input, OSError if the table cannot be written.
+    What the GPU has no memory for is passed over with a warning. Raises ValueError for bad input, OSError if the table cannot
+    be written.
     """
     sizes = _sizes(tokens)
     targets = targets_of(source) if isinstance(source, str | os.PathLike | nn.Module) else list(source)
@@ -115,8 +117,11 @@ def autotune(
                 for t in sizes:
                     if deadline is not None and time.monotonic() > deadline:
                         break
-                    bench = bench or _Bench(target, problem)
-                    rows.append(bench.tune(t, entries, record))
+                    try:
+                        bench = bench or _Bench(target, problem)
+                        rows.append(bench.tune(t, entries, record))
+                    except torch.OutOfMemoryError as error:
+                        _warn(target, t, error)
                     bar.update()
             finally:  # an interrupt loses the measurement that it interrupts, no other
                 if entries:
@@ -136,7 +141,7 @@ def _distinct(targets: Iterable[Target]) -> list[tuple[Target, Problem]]:
     groups: dict[object, list[tuple[Target, Problem]]] = {}
     without: dict[str, str] = {}
     for target in targets:
-        reason = _why_untunable(target)
+        reason = why_untileable(getattr(torch, target.dtype), target.tile_map)
         if reason is not None:
             without[target.name] = reason
             continue
@@ -156,14 +161,6 @@ def _distinct(targets: Iterable[Target]) -> list[tuple[Target, Problem]]:
     return found
 
 
-def _why_untunable(target: Target) -> str | None:
-    if target.dtype not in ("bfloat16", "float16"):
-        return f"its weight is {target.dtype}, tensor core kernels take bfloat16 and float16"
-    if target.tile_map.shape[1] % 8:
-        return f"{target.tile_map.shape[1]} inputs are no multiple of 8"
-    return why_not(target.tile_map)
-
-
 def _predicted(target: Target, problem: Problem, gpu: GpuSpec, tokens: int) -> Row:
     schedule = tuning.pick(problem, gpu, tokens)
     default = cost_model.choose(problem, gpu, tokens)
@@ -178,6 +175,11 @@ def _row(
     assert problem.slabs is not None
     nbytes = problem.slabs.nbytes(getattr(torch, problem.dtype))
     return Row(target, tokens, schedule, us, default_us, dense_us, nbytes, 1e6 * nbytes / gpu.bandwidth, measured)
+
+
+def _warn(target: Target, tokens: int, error: Exception, schedule: Schedule | None = None) -> None:
+    what = f"{target.name}, T={tokens}" if schedule is None else f"{target.name}, T={tokens}, {schedule}"
+    warnings.warn(f"{what}: {' '.join(str(error).split())[:200]}; it is passed over", stacklevel=2)
 
 
 # ---- measuring
@@ -231,8 +233,16 @@ class _Bench:
                 torch.cuda.synchronize()
                 calls[schedule] = runs
             except Exception as error:  # a compiler of many versions: one schedule less, not no table
-                warnings.warn(f"{self.target.name}, T={tokens}, {schedule}: {str(error)[:200]}", stacklevel=2)
-        return measure(calls)
+                self._without(tokens, schedule, error)
+        return measure(calls, too_large=partial(self._without, tokens))
+
+    def _without(self, tokens: int, schedule: Schedule, error: Exception) -> None:
+        """Go on without a schedule, unless all others are compared with it: then this number of tokens is passed over."""
+        with_and_without = (replace(self.problem, dense_weight=dense) for dense in (True, False))
+        needed = {DENSE, *(cost_model.choose(problem, self.gpu, tokens) for problem in with_and_without)}
+        if schedule in needed and isinstance(error, torch.OutOfMemoryError):
+            raise error
+        _warn(self.target, tokens, error, schedule)
 
     def _record(self, tokens: int, schedule: Schedule, timing: Timing) -> dict[str, Any]:
         assert self.target.scattered is not None

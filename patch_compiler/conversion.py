@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .hard_mask import HardMask
-from .linears import get_linears, is_conv1d, mask_of, weight_of
+from .linears import attach_mask, check_plain, get_linears, mask_of, weight_of
 from .module import PatchLinear
 from .packed import pack
-
-
-def _check_plain(name: str, module: nn.Module) -> None:
-    """Raises ValueError for a layer that does more than multiply by its weight: PatchLinear would not do it."""
-    if not name:
-        raise ValueError("convert swaps layers inside a module: pass the module that holds this linear layer")
-    own_forward = "forward" in vars(module) or not (is_conv1d(module) or type(module).forward is nn.Linear.forward)
-    if own_forward or module._forward_hooks or module._forward_pre_hooks:
-        what = "a forward of its own" if own_forward else "forward hooks"
-        raise ValueError(
-            f"{name!r} is a {type(module).__name__} with {what}, which a packed layer would not run; remove it first"
-        )
 
 
 @torch.no_grad()
@@ -32,33 +21,53 @@ def convert(model: nn.Module, masks: Mapping[str, HardMask] | None = None) -> nn
     masks: by module path; default: the masks attached by `apply_masks` or by pruning. Weights that the mask drops are
     dropped whatever they hold. `save_pretrained` of a transformers model writes packed layers afterwards.
 
-    Raises ValueError if a name or shape does not match (nothing is changed then) or if there is nothing to convert.
+    Raises ValueError if a name or shape does not match (nothing is changed then) or if there is nothing to convert. Whatever
+    interrupts it between two layers, torch.OutOfMemoryError above all, leaves a model that runs: each layer is packed, or
+    dense as before with its mask attached. `convert(model)` then goes on.
     """
     if masks is None:
         masks = {name: mask for name, m in model.named_modules() if (mask := mask_of(m)) is not None}
     linears = get_linears(model, masks)
     for name, module in linears.items():
-        _check_plain(name, module)
+        check_plain(name, module)
     if not linears:
         raise ValueError(f"{type(model).__name__}: no linear layer carries a mask; prune it or load a mask first")
-    converted: dict[int, PatchLinear] = {}  # a layer shared under two names stays shared
-    places = {
-        name: module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if any(module is m for m in linears.values())
-    }
-    ids = {id(module): name for name, module in linears.items()}
+    waiting = {module: (name, masks[name]) for name, module in linears.items()}
     linears.clear()
-    for place in list(places):
-        module = places.pop(place)
-        if id(module) not in converted:
-            layer = PatchLinear(pack(weight_of(module), masks[ids[id(module)]]), module.bias)
-            converted[id(module)] = layer.train(module.training)
-        parent, _, attribute = place.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, converted[id(module)])
-        del module
-    if any(base.__name__ == "PreTrainedModel" for base in type(model).__mro__):
-        from .quantizer import attach  # imports transformers, which other models do not need
+    places: dict[nn.Module, list[str]] = {}
+    for place, module in model.named_modules(remove_duplicate=False):
+        if module in waiting:
+            places.setdefault(module, []).append(place)
+    count = len(waiting)
+    try:
+        while waiting:
+            module = next(iter(waiting))
+            name, mask = waiting[module]
+            layer = _packed(name, module, mask, f"{count - len(waiting)} of {count}")
+            for place in places.pop(module):  # a layer shared under two names stays shared
+                parent, _, attribute = place.rpartition(".")
+                setattr(model.get_submodule(parent), attribute, layer)
+            del waiting[module], module
+    finally:
+        for module, (_, mask) in waiting.items():
+            attach_mask(module, mask)
+        if len(waiting) < count and any(base.__name__ == "PreTrainedModel" for base in type(model).__mro__):
+            from .quantizer import attach  # imports transformers, which other models do not need
 
-        attach(model)
+            attach(model)
     return model
+
+
+def _packed(name: str, module: nn.Module, mask: HardMask, done: str) -> PatchLinear:
+    """The layer that takes the module's place."""
+    weight, bias = weight_of(module), cast("Tensor | None", module.bias)
+    try:
+        return PatchLinear(pack(weight, mask), bias).train(module.training)
+    except torch.OutOfMemoryError as error:
+        (what, *_) = str(error).splitlines() or [""]
+    # not inside `except`: the first error would come along, and hold all the memory that was taken on the way
+    raise torch.OutOfMemoryError(
+        f"convert: no memory left on {weight.device} to pack {name!r} {list(weight.shape)}; {done} layers are packed, the "
+        "others as they were. Free some and call convert(model) again, or convert on the CPU and move the model afterwards. "
+        f"({what})"
+    )

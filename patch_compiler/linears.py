@@ -14,6 +14,9 @@ from .masks import apply_mask_
 _MASK_ATTRIBUTE = "patch_hard_mask"  # on the weight Parameter: it is what the compiler's graph shows us
 
 
+WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # what can be masked and packed
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """GPT-2's `Conv1D` of transformers: a linear layer that stores its weight as [in, out]."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
@@ -81,6 +84,23 @@ def _is_dense_linear(module: nn.Module) -> bool:
     return (isinstance(module, nn.Linear) or is_conv1d(module)) and isinstance(getattr(module, "weight", None), Tensor)
 
 
+def check_plain(name: str, module: nn.Module) -> None:
+    """Raises ValueError for a layer that does more than multiply by its weight: PatchLinear would not do it."""
+    if not name:
+        raise ValueError("layers are swapped inside a module: pass the module that holds this linear layer")
+    own_forward = "forward" in vars(module) or not (is_conv1d(module) or type(module).forward is nn.Linear.forward)
+    if own_forward or module._forward_hooks or module._forward_pre_hooks:
+        what = "a forward of its own" if own_forward else "forward hooks"
+        raise ValueError(
+            f"{name!r} is a {type(module).__name__} with {what}, which a packed layer would not run; remove it first"
+        )
+
+
+def weight_dtypes() -> str:
+    """For messages."""
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in WEIGHT_DTYPES)
+
+
 def attach_mask(module: nn.Module, mask: HardMask) -> None:
     """Remember the mask on the weight parameter, so that `torch.compile(backend="patch")` and `convert` find it.
 
@@ -106,6 +126,8 @@ def get_linears(model: nn.Module, masks: Mapping[str, HardMask]) -> dict[str, nn
             raise ValueError(f"mask for {name!r}: {what} in {type(model).__name__}")
         if "weight" not in module._parameters:
             raise ValueError(f"mask for {name!r}: its weight is computed (pruned or parametrised); make that permanent first")
+        if weight_of(module).dtype not in WEIGHT_DTYPES:
+            raise ValueError(f"mask for {name!r}: its weight is {weight_of(module).dtype}; masks are for {weight_dtypes()}")
         shape = tuple(weight_of(module).shape)
         if shape != mask.tile_map.shape:
             raise ValueError(f"mask for {name!r} is made for a weight of shape {mask.tile_map.shape}, the model's is {shape}")

@@ -83,12 +83,12 @@ class PatchLinear(nn.Module):
 
         Raises ValueError as `packed.cut`, before anything is changed.
         """
-        part = self.stored.part(rows, columns)
-        self.tile_map = part.tile_map
+        part, of_bias = self.stored.part(rows, columns), None
+        if self.bias is not None and bias:
+            of_bias = nn.Parameter(self.bias[slice(*rows)].clone(), self.bias.requires_grad)
+        self.tile_map, self.bias = part.tile_map, of_bias  # all memory is there: nothing can fail from here on
         self.out_features, self.in_features = part.tile_map.shape
         self._hold(part)
-        if self.bias is not None:
-            self.bias = nn.Parameter(self.bias[slice(*rows)].clone(), self.bias.requires_grad) if bias else None
 
     def dense_weight(self) -> Tensor:
         """A dense copy [M, K] with +0.0 in the masked places."""
@@ -103,10 +103,16 @@ class PatchLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PatchLinear:
         """Module.to() and its kin. Slabs are of one GPU generation and of two dtypes: elsewhere the layer is canonical."""
         before, was_meta = self.layout, self.values.is_meta
-        goes_to = fn(self.values.new_empty(1))
+        goes_to = fn(self.values.flatten()[:1])  # a view: a full GPU must be left without taking memory on it
         wanted = "canonical" if goes_to.is_meta else layout_for(goes_to.device, goes_to.dtype, self.tile_map)
         if before != "canonical" and wanted != before:
-            self._hold(store(self.packed, "canonical"))
+            try:
+                packed = self.packed
+            except torch.OutOfMemoryError:  # whoever leaves a full GPU is converted where it goes
+                if goes_to.device == self.values.device:
+                    raise
+                packed = self.stored.to(goes_to.device).packed()
+            self._hold(store(packed, "canonical"))
         super()._apply(fn, recurse)
         # to_empty() of a meta layer: there is nothing in it before a state dict is loaded
         if not self.values.is_meta and not was_meta and wanted != self.layout:

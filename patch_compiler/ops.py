@@ -18,6 +18,7 @@ from torch import Tensor, library
 from codegen import runtime
 from codegen.formats.slabs import Order
 from codegen.kernels import reference, silu_product
+from codegen.slab_choice import gpu_of
 
 _PACKED = "Tensor values, Tensor indices, Tensor kinds, Tensor panel_starts"
 _SIZES = "str layout, int out_features, int in_features, int tile_rows, int tile_columns"
@@ -35,13 +36,22 @@ _library.define(f"linear_dx(Tensor grad, {_PACKED}, {_SIZES}) -> Tensor", tags=(
 
 
 def uses_triton(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `patch::linear` runs the Triton reference kernel there; elsewhere it runs the torch one."""
-    return device.type == "cuda" and dtype in reference.SUPPORTED_DTYPES
+    """Whether `patch::linear` runs the Triton reference kernel there; elsewhere it runs the torch one.
+
+    Triton knows NVIDIA's GPUs from sm_80 on.
+    """
+    if device.type != "cuda" or dtype not in reference.SUPPORTED_DTYPES:
+        return False
+    return torch.version.hip is not None or gpu_of(device).capability >= 80
 
 
 def _check(
     x: Tensor, values: Tensor, bias: Tensor | None, dense: Sequence[Tensor], out_features: int, in_features: int
 ) -> None:
+    if x.device != values.device:
+        raise RuntimeError(f"patch::linear: x is on {x.device}, the weight on {values.device}; move one of them")
+    if x.dim() == 0:
+        raise RuntimeError(f"patch::linear: x is a scalar, it must have {in_features} features in its last dimension")
     if x.shape[-1] != in_features:
         raise RuntimeError(f"patch::linear: x has {x.shape[-1]} features, the weight takes {in_features}")
     if x.dtype != values.dtype:
@@ -77,7 +87,7 @@ def _compute(
     else:
         shape, tile = (out_features, in_features), (tile_rows, tile_columns)
         layer = runtime.layer_of(values, kinds, shape, tile, _order(layout, x))
-        (layer.run_gated if gated else layer.run)(out, rows, values, indices, bias, dense)
+        layer.run(out, rows, values, indices, bias, dense, gated=gated)
     return y
 
 

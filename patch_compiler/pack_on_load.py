@@ -39,7 +39,12 @@ class PackOnLoad(ConversionOps):
         name = full_layer_name.removesuffix(".weight")
         dense: Any = model.get_submodule(name)
         mask = self._masks[name]
-        packed = pack(weight.t() if is_conv1d(dense) else weight, mask)
+        try:
+            packed = pack(weight.t() if is_conv1d(dense) else weight, mask)
+        except torch.OutOfMemoryError as error:  # transformers reports it with its own error, and loads no model
+            raise torch.OutOfMemoryError(
+                f"no memory left on {weight.device} to pack {name!r}; load with device_map='cpu' and move the model afterwards"
+            ) from error
         layer = swap_in_empty(model, name, mask.tile_map, packed.dtype)
         layer.values, layer.indices = packed.values, packed.indices
         layer.kinds = mask.tile_map.kinds.to(weight.device, copy=True)

@@ -24,7 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .checkpoint_file import METHOD, PARTS, PackedLayer, Shards, check_layers, describe, open_shards
 from .hard_mask import HardMask
-from .linears import get_linears, is_conv1d, weight_of
+from .linears import check_plain, get_linears, is_conv1d, weight_of
 from .mask_file import load_masks
 from .module import PatchLinear, swap_in_empty
 from .packed import packed_bytes
@@ -133,8 +133,8 @@ class PatchHfQuantizer(HfQuantizer):
             self._masks, self.quantization_config = file.masks, PatchConfig(masks, provenance=file.provenance)
         if not self._masks:
             raise ValueError("PatchConfig(masks=...) holds no mask: without masks, load the checkpoint without it")
-        get_linears(model, self._masks)
-        for name in self._masks:
+        for name, module in get_linears(model, self._masks).items():
+            check_plain(name, module)
             if source := model.all_tied_weights_keys.get(f"{name}.weight"):
                 raise ValueError(
                     f"mask for {name!r}: its weight is tied to {source!r} and not loaded by itself; load the model without "
@@ -178,13 +178,18 @@ class PatchHfQuantizer(HfQuantizer):
 
 
 def attach(model: Any, quantizer: PatchHfQuantizer | None = None) -> None:
-    """Let `save_pretrained` write the model's packed layers. quantizer: default the model's, or a new one."""
+    """Let `save_pretrained` write the model's packed layers, also that of a model inside: a causal LM's decoder is one of its
+    own. quantizer: default the model's, or a new one."""
+    from transformers import PreTrainedModel
+
     if quantizer is None:
         held = getattr(model, "hf_quantizer", None)
         quantizer = held if isinstance(held, PatchHfQuantizer) else PatchHfQuantizer(PatchConfig())
     model.config.quantization_config = quantizer.quantization_config
-    # transformers forbids half() and float() to quantized models; packed layers can do both
-    vars(model).update(hf_quantizer=quantizer, quantization_method=METHOD, is_quantized=False)
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and (part is model or any(isinstance(m, PatchLinear) for m in part.modules())):
+            # transformers forbids half() and float() to quantized models; packed layers can do both
+            vars(part).update(hf_quantizer=quantizer, quantization_method=METHOD, is_quantized=False)
 
 
 def _canonical_state(model: nn.Module, layers: Mapping[str, PatchLinear]) -> dict[str, Tensor]:
@@ -210,6 +215,10 @@ def _check_fit(model: PreTrainedModel, layers: Mapping[str, PackedLayer], shards
         if dense is None or not (isinstance(dense, nn.Linear) or is_conv1d(dense)):
             what = "no such module" if dense is None else f"a {type(dense).__name__}"
             raise shards.error(f"packed, the config's {type(model).__name__} has {what} there", name)
+        try:
+            check_plain(name, dense)
+        except ValueError as error:
+            raise shards.error(f"packed, in the config's {type(model).__name__} {error}", name) from None
         own_shape, needs_bias = tuple(weight_of(dense).shape), dense.bias is not None
         if own_shape != shape or layer.bias != needs_bias:
             found, needed = (

@@ -20,7 +20,7 @@ from torch import Tensor
 from codegen.formats.slab_map import slab_map
 from codegen.formats.slabs import Slabs, from_slabs, to_slabs
 from codegen.formats.slices import concatenate, slice_columns, slice_panels
-from codegen.runtime import order_for
+from codegen.slab_choice import order_for
 
 from .packed import PackedWeight, cut
 from .tile_map import TileMap
@@ -57,6 +57,11 @@ class StoredWeight:
         if self.layout == "canonical":
             return PackedWeight(self.tile_map, self.values, self.indices)
         return from_slabs(self._slabs())
+
+    def to(self, device: torch.device) -> StoredWeight:
+        """The same layout on another device, where it can be converted but perhaps not run."""
+        values, indices, kinds, panel_starts = (t.to(device) for t in self.tensors)
+        return StoredWeight(self.tile_map, self.layout, values, indices, kinds, panel_starts)
 
     def fits(self, other: StoredWeight) -> bool:
         """Whether another weight of the same map can be written over this one."""

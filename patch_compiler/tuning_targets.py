@@ -18,6 +18,7 @@ from .checkpoint_file import FLOATS, open_shards
 from .container import Container, open_container
 from .hf import MASK_FILE, check_directory, is_compressed
 from .linears import mask_of, named_linears
+from .model_source import is_path
 from .module import PatchLinear
 from .tile_map import TileMap
 
@@ -88,7 +89,7 @@ def _layers_of_path(source: str) -> dict[str, tuple[TileMap, str]]:
             check_directory(path)
             return _read_checkpoint(path)
         raise ValueError(f"{source}: holds neither {MASK_FILE} nor a packed model")
-    if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
+    if is_path(source):
         raise ValueError(f"{source}: no such file or directory")
     return _read(_from_hub(source, MASK_FILE), _config_dtype(_from_hub(source, "config.json")))
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import patch_compiler
 from codegen import cost_model, tuning
+from codegen import measure as measure_module
 from codegen.cost_model import choose
 from codegen.decode_schedule import Decode
 from codegen.fit import read_measurements, scattered
@@ -107,6 +109,67 @@ def test_equal_launches_are_tuned_once(with_gpu):
     rows = autotune.autotune(targets, [1])
     assert FakeBench.made == 4
     assert [r.target.count for r in rows] == [96] * 4
+
+
+# ---- memory that runs out
+
+
+def full(*_, **__):
+    raise torch.OutOfMemoryError("CUDA out of memory.\nDeliberate.")
+
+
+def test_launches_without_memory_are_passed_over_and_the_others_kept(with_gpu, monkeypatch):
+    class Small(FakeBench):
+        def __init__(self, target, problem) -> None:
+            if target.name == "gate+up":
+                full()
+            super().__init__(target, problem)
+
+        def _measure(self, tokens):
+            return full() if (self.target.name, tokens) == ("o", 16) else super()._measure(tokens)
+
+    monkeypatch.setattr(autotune, "_Bench", Small)
+    with pytest.warns(UserWarning, match="passed over") as caught:
+        rows = autotune.autotune(standard_targets("llama-2-7b", 0.45), [4, 16])
+    assert [(r.target.name, r.tokens) for r in rows] == [("q+k+v", 4), ("q+k+v", 16), ("o", 4), ("down", 4), ("down", 16)]
+    lines = [str(w.message) for w in caught]
+    assert lines == [
+        f"{name}, T={t}: CUDA out of memory. Deliberate.; it is passed over"
+        for name, t in (("o", 16), ("gate+up", 4), ("gate+up", 16))
+    ]
+    assert pick(problem_of_o(), H100, 4) == OTHER
+
+
+@pytest.mark.parametrize("where", ["first run", "graph"])
+def test_a_schedule_without_memory_is_passed_over(where, monkeypatch):
+    (target,) = (t for t in standard_targets("llama-2-7b", 0.45) if t.name == "o")
+    bench = FakeBench(target, problem_of_o())
+    tried = autotune._candidates(bench.problem, H100, 16)
+    default, too_large = choose(bench.problem, H100, 16), next(s for s in tried if isinstance(s, Gemm) or s == tried[-1])
+    assert too_large != default
+
+    def run(y, x, values, metadata, bias, schedule) -> None:
+        if where == "first run" and schedule in fail:
+            full()
+
+    def graph(calls, stream):
+        if where == "graph" and calls[0].keywords.get("schedule") in fail:
+            full()
+        return SimpleNamespace(replay=lambda: None), 1
+
+    event = SimpleNamespace(record=lambda: None, synchronize=lambda: None, elapsed_time=lambda other: 1.0)
+    bench.layer, bench.dense, bench.slabs = SimpleNamespace(run=run), [torch.zeros(1)], [(None, None)]
+    monkeypatch.setattr(bench, "_random", lambda rows, columns: torch.zeros(1))
+    monkeypatch.setattr(measure_module, "_graph", graph)
+    for name, value in (("Stream", SimpleNamespace), ("Event", lambda enable_timing: event), ("synchronize", lambda: None)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    fail = {too_large}
+    with pytest.warns(UserWarning, match=r"o, T=16, .*: CUDA out of memory. Deliberate.; it is passed over"):
+        timings = autotune._Bench._measure(bench, 16)
+    assert timings.keys() == {Gemm(expand=False), *tried} - fail
+    fail = {default}
+    with pytest.raises(torch.OutOfMemoryError):
+        autotune._Bench._measure(bench, 16)
 
 
 def test_a_spent_budget_begins_nothing_more(with_gpu):

@@ -25,7 +25,7 @@ from patch_compiler.bench.page import page
 from patch_compiler.bench.published_maps import published_maps
 from patch_compiler.bench.random_llama import Size, random_llama
 from patch_compiler.bench.rounds import Runs, Workload, measure
-from patch_compiler.bench.variants import Variant, load, parameter_count, unpack, variants, weight_bytes
+from patch_compiler.bench.variants import Variant, load, parameter_count, step_bytes, unpack, variants, weight_bytes
 
 from .strategies import random_hard_mask, relative_error
 
@@ -205,12 +205,26 @@ def test_what_runs_without_cuda_graphs_is_said() -> None:
 
 def test_the_record_adds_up() -> None:
     variant = variants(tiny(), [], ["eager"])[0]
-    runs = Runs(variant, 1.5, 10**9, [0.1, 0.3, 0.2], [1.0, 0.8, 0.9])
+    runs = Runs(variant, 1.5, 10**9, [0.1, 0.3, 0.2], [0.0010, 0.0008, 0.0009])
     record = runs.record(Workload(4, 16, 10))
-    assert record["tokens_per_s"] == pytest.approx(4 * 10 / 1.1, abs=0.06)
-    assert record["step_ms"] == pytest.approx(100)
-    assert record["weights_gb_s"] == pytest.approx(variant.weight_bytes / 0.1 / 1e9, abs=0.06)
+    assert record["tokens_per_s"] == pytest.approx(4 * 10 / 0.2009, abs=0.06)
+    assert record["step_ms"] == pytest.approx(0.1)
+    embedding = 300 * 128 * 4
+    assert record["weights_gb_s"] == pytest.approx((variant.weight_bytes - embedding + 4 * 128 * 4) / 1e-4 / 1e9, abs=0.06)
     assert record["long_first_token_ms"] is None
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_step_reads_rows_of_an_embedding_unless_it_is_the_head(tied: bool, packed: bool) -> None:
+    model = masked(tiny())
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    if packed:
+        convert(model)
+    for batch in (1, 7, 1000):
+        rows = 300 if tied else min(batch, 300)
+        assert step_bytes(model, batch) == weight_bytes(model) - (300 - rows) * 128 * 4
 
 
 @pytest.fixture
@@ -257,7 +271,7 @@ def test_the_page_escapes() -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["no/such/model/here"], "error: Repo id must be .*'no/such/model/here'"),
+        (["no/such/model/here"], "error: model 'no/such/model/here': no such directory"),
         (["tiny", "--sparsity", "0.7"], "0 to 0.5"),
         (["tiny", "--dense", "fast"], "none of eager"),
         (["tiny", "--batch", "0"], "1 or more"),

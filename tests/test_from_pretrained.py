@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from patch_compiler import ArtifactError, HardMask, PatchConfig, PatchLinear, TileKind, TileMap, convert, load_masks, save_masks
 from patch_compiler.hf import export_dense, is_compressed, load_compressed, save_compressed
@@ -316,3 +316,50 @@ def test_layers_keep_their_paths_where_transformers_renames(tmp_path: Path) -> N
     based.save_pretrained(tmp_path / "packed")
     loaded = transformers.Gemma3ForConditionalGeneration.from_pretrained(tmp_path / "packed")
     assert torch.equal(logits(loaded), logits(convert(model, masks)))
+
+
+@pytest.mark.parametrize("how", ["converted", "loaded"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_decoder_inside_a_causal_model_is_saved_by_itself(tmp_path: Path, family: str, how: str) -> None:
+    model = packed_model(family)
+    if how == "loaded":
+        model.save_pretrained(tmp_path / "first")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    model.base_model.save_pretrained(tmp_path / "decoder")
+    decoder, tokens = AutoModel.from_pretrained(tmp_path / "decoder"), torch.arange(3, 20)[None]
+    assert type(decoder) is type(model.base_model)
+    packed = [n for n, m in decoder.named_modules() if isinstance(m, PatchLinear)]
+    assert len(packed) == sum(isinstance(m, PatchLinear) for m in model.modules())
+    with torch.no_grad():
+        assert torch.equal(decoder(tokens)[0], model.base_model(tokens)[0])
+        model.save_pretrained(tmp_path / "whole")  # what the decoder wrote into the shared config does not stay
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+        assert torch.equal(again(tokens).logits, model(tokens).logits)
+    with pytest.raises(ArtifactError, match="no such module"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "decoder")
+
+
+def test_layers_that_do_more_than_multiply_are_not_packed_on_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A release of transformers may have made one of a layer that was plain when it was saved."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 2
+
+    model = tiny_model("llama")
+    masks = masks_for(model)
+    model.save_pretrained(tmp_path / "dense")
+    convert(model, masks).save_pretrained(tmp_path / "packed")
+    real = LlamaMLP.__init__
+
+    def with_scaled(self: Any, *arguments: Any, **keywords: Any) -> None:
+        real(self, *arguments, **keywords)
+        self.up_proj.__class__ = Scaled
+
+    monkeypatch.setattr(LlamaMLP, "__init__", with_scaled)
+    what = r"'model.layers.0.mlp.up_proj' is a Scaled with a forward of its own, which a packed layer would not run"
+    with pytest.raises(ArtifactError, match=what):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    with pytest.raises(ValueError, match=what):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=PatchConfig(masks=masks))

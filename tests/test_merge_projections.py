@@ -47,23 +47,21 @@ def slabs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def layout_for(device, dtype, tile_map):
         return "rows" if dtype == torch.bfloat16 else "canonical"
 
-    def run(self, y, x, values, metadata, bias, dense=(), schedule=None) -> None:
+    def run(self, y, x, values, metadata, bias, dense=(), schedule=None, gated=False) -> None:
         weight = unpack(from_slabs(Slabs(self.tile_map, self.map, values, metadata, self.order)))
         if dense:
             assert torch.equal(torch.cat(list(dense)), weight), "the dense copy is another weight"
-        y.copy_(F.linear(x.double(), weight.double(), None if bias is None else bias.double()))
-
-    def run_gated(self, y, x, values, metadata, bias, dense=(), schedule=None) -> None:
-        both = x.new_empty(x.shape[0], self.tile_map.shape[0])
-        run(self, both, x, values, metadata, bias, dense)
-        launch_torch(y, both)
+        both = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+        if gated:
+            launch_torch(y, both.to(y.dtype))
+        else:
+            y.copy_(both)
 
     for place in (merge_projections, split_tile_groups, stored, module):
         monkeypatch.setattr(place, "layout_for", layout_for)
     for place in (pick_schedules, runtime):
         monkeypatch.setattr(place, "this_gpu", lambda index=0: gpu_spec("h100", "3.9.0"))
     monkeypatch.setattr(runtime.Layer, "run", run)
-    monkeypatch.setattr(runtime.Layer, "run_gated", run_gated)
     monkeypatch.setattr(ops, "_order", lambda layout, x: layout)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 

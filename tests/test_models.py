@@ -217,7 +217,6 @@ def write_gguf(path, model, tokenizer):
 
 @pytest.fixture
 def gguf_file(tmp_path):
-    pytest.importorskip("accelerate")
     model = tiny_llama(hidden_size=64, head_dim=16)
     write_gguf(tmp_path / "tiny.gguf", model, tiny_tokenizer())
     return tmp_path / "tiny.gguf", model
@@ -257,5 +256,5 @@ def test_gguf_errors(gguf_file, monkeypatch):
     with pytest.raises(ValueError, match=r"holds 2 \.gguf files; name one of second\.gguf, tiny\.gguf"):
         load_model(file.parent)
     monkeypatch.setattr(models, "find_spec", lambda package: None)
-    with pytest.raises(ValueError, match=r"needs gguf and accelerate; pip install 'patch-compiler\[gguf\]'"):
+    with pytest.raises(ValueError, match=r"needs gguf; pip install 'patch-compiler\[gguf\]'"):
         load_model(file)

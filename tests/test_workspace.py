@@ -57,3 +57,25 @@ def test_a_capture_that_needs_more_than_the_stream_has(cuda) -> None:
     cuda.capturing = True
     assert spaces.get(DEVICE, 9 << 20, 10)[0].numel() >= 9 << 20
     assert spaces.get(DEVICE, 10, 10) is small
+
+
+def test_memory_that_runs_out(cuda, monkeypatch) -> None:
+    """The launch that finds no memory fails; what was there stays, and without a spare one nothing fails."""
+
+    def to_stay(make, device):
+        calls.append(make)
+        if len(calls) in fails:
+            raise torch.OutOfMemoryError("deliberate")
+        return make()
+
+    monkeypatch.setattr(workspace, "to_stay", to_stay)
+    spaces, calls, fails = Workspaces(), [], {1, 3, 4}
+    with pytest.raises(torch.OutOfMemoryError):
+        spaces.get(DEVICE, 10, 10)
+    first = spaces.get(DEVICE, 10, 10)  # without a spare one
+    with pytest.raises(torch.OutOfMemoryError):
+        spaces.get(DEVICE, 3 << 20, 10)
+    assert spaces.get(DEVICE, 10, 10) is first
+    assert spaces._kept == []
+    assert spaces.get(DEVICE, 3 << 20, 10)[0].numel() >= 3 << 20
+    assert [w is first for w in spaces._kept] == [True]

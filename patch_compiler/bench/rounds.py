@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from .decoder import GreedyDecoder, device_of
-from .variants import Variant
+from .variants import Variant, step_bytes
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,17 @@ class Runs:
     without_cuda_graph: int = 0
 
     def record(self, work: Workload) -> dict[str, Any]:
-        """JSON: medians. weights_gb_s: all weights over the time of a step, which reads few rows of an embedding and, not
-        counted, the cache; None where there is no step (one new token)."""
+        """JSON: medians. weights_gb_s: the weights that a step reads (`step_bytes`) over its time; it reads the cache as well,
+        which is not counted. None where there is no step (one new token)."""
         first_token, decoding = statistics.median(self.to_first_token), statistics.median(self.decoding)
-        steps = work.new - 1
+        steps, read = work.new - 1, step_bytes(self.variant.model, work.batch)
         return {
             "name": self.variant.name, "sparsity": round(self.variant.sparsity, 4),
             "tokens_per_s": round(work.batch * work.new / (first_token + decoding), 1),
             "step_ms": round(1e3 * decoding / steps, 4) if steps else None,
             "first_token_ms": round(1e3 * first_token, 3),
             "long_first_token_ms": round(1e3 * statistics.median(self.to_first_of_long), 3) if self.to_first_of_long else None,
-            "weights_gb_s": round(self.variant.weight_bytes / (decoding / steps) / 1e9, 1) if steps else None,
+            "weights_gb_s": round(read / (decoding / steps) / 1e9, 1) if steps else None,
             "weight_bytes": self.variant.weight_bytes, "peak_bytes": self.peak_bytes, "first_call_s": round(self.first, 2),
             "without_cuda_graph": self.without_cuda_graph,
             "rounds": len(self.decoding),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._inductor import list_mode_options
 
 from patch_compiler.conversion import convert
+from patch_compiler.model_source import model_source
 from patch_compiler.module import PatchLinear
 from patch_compiler.tile_map import sparsity_of
 
@@ -37,10 +38,11 @@ class Variant:
 
 
 def load(source: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """One of SIZES with random weights, a compressed directory, or what `AutoModelForCausalLM` loads."""
+    """One of SIZES with random weights, or what a hub id or directory holds, packed or dense. Raises ValueError for others."""
     if source in SIZES:
         return random_llama(SIZES[source], device, dtype)
-    model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device)
+    location = _location(source)
+    model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(location, dtype=dtype, device_map=device)
     return model.eval()
 
 
@@ -49,10 +51,17 @@ def parameter_count(source: str) -> int:
     if source in SIZES:
         model = random_llama(SIZES[source], "meta")
     else:
-        config = transformers.AutoConfig.from_pretrained(source)
+        config = transformers.AutoConfig.from_pretrained(_location(source))
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)
     return sum(p.numel() for p in model.parameters())
+
+
+def _location(source: str) -> str:
+    found = model_source(source)
+    if found.kind == "gguf":
+        raise ValueError(f"model {source!r}: GGUF is not read here; `python -m learning export` makes a directory of it")
+    return found.location
 
 
 def variants(model: nn.Module, sparsities: Sequence[float], dense: Sequence[str]) -> list[Variant]:
@@ -123,3 +132,18 @@ def weight_bytes(model: nn.Module) -> int:
     """Of the memory behind all parameters and buffers; what several share counts once."""
     tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def step_bytes(model: nn.Module, batch: int) -> int:
+    """Of the weights that a decode step of so many sequences reads: all of them, but of a table that is only an embedding's
+    one row a sequence."""
+    whole: dict[int, int] = {}
+    rows: dict[int, int] = {}
+    for module in model.modules():
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            storage = tensor.untyped_storage()
+            if isinstance(module, nn.Embedding) and tensor is module.weight:
+                rows[storage.data_ptr()] = min(batch, tensor.shape[0]) * tensor.shape[1] * tensor.element_size()
+            else:
+                whole[storage.data_ptr()] = storage.nbytes()
+    return sum((rows | whole).values())
