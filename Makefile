@@ -22,7 +22,7 @@ demo: $(NEEDS_INSTALL)
 	$(RUN) -m benchmarks.demo
 
 test: $(NEEDS_INSTALL)
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n logical --maxprocesses 4
 
 lint: $(NEEDS_INSTALL)
 	$(RUN) -m ruff check .
@@ -35,7 +35,7 @@ docs: $(NEEDS_INSTALL)
 	$(RUN) -m benchmarks.weight_to_kernel
 
 # Tests and benchmarks that need a GPU, in one go; the numbers go to benchmarks/results/. Most of the tests' time is
-# compilation: with pytest-xdist installed, make gpu PYTEST_ADDOPTS="-n 8" is several times faster.
+# compilation: make gpu PYTEST_ADDOPTS="-n 8" is several times faster.
 gpu: $(NEEDS_INSTALL)
 	$(RUN) -m pytest -m "gpu or not gpu" tests/gpu tests/test_reference_kernel.py tests/test_packed.py \
 		tests/test_formats.py tests/test_expand.py

@@ -17,11 +17,13 @@ settings.register_profile("patch", deadline=None, max_examples=60, suppress_heal
 settings.load_profile("patch")
 torch.set_num_threads(1)  # the tensors are small: more threads only wait for each other, most of all beside other processes
 
-SEED = int(os.environ.get("PATCH_TEST_SEED", random.SystemRandom().randrange(2**31)))
+# pytest-xdist's workers are started with this process's environment
+SEED = int(os.environ.setdefault("PATCH_TEST_SEED", str(random.SystemRandom().randrange(2**31))))
 
 
-def pytest_report_header() -> str:
-    return f"torch seed: {SEED} (PATCH_TEST_SEED={SEED} repeats this run's inputs)"
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if terminalreporter.stats.keys() & {"failed", "error"}:
+        terminalreporter.write_line(f"PATCH_TEST_SEED={SEED} repeats this run's inputs")
 
 
 @pytest.fixture(autouse=True)
