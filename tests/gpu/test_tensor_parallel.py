@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import transformers
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from patch_compiler import PatchLinear, apply_masks, convert, named_linears
@@ -26,7 +25,7 @@ pytestmark = [
 RANKS = 2
 
 
-def a_llama() -> nn.Module:
+def a_llama() -> transformers.LlamaForCausalLM:
     """Halves of every weight are whole tiles."""
     config = transformers.LlamaConfig(
         vocab_size=512, hidden_size=1024, intermediate_size=2816, num_hidden_layers=3, num_attention_heads=16,
@@ -37,8 +36,6 @@ def a_llama() -> nn.Module:
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.normal_(0, parameter.shape[1] ** -0.5)
-    shapes = {n: tuple(weight_of(m).shape) for n, m in named_linears(model).items() if n != "lm_head"}
-    apply_masks(model, {n: random_hard_mask(s, 128) for n, s in shapes.items()})
     return model
 
 
@@ -49,8 +46,11 @@ def _process(rank: int, file: str) -> None:
     dist.init_process_group("nccl", init_method=f"file://{file}", rank=rank, world_size=RANKS)
     try:
         exact = a_llama().cuda()
+        shapes = {n: tuple(weight_of(m).shape) for n, m in named_linears(exact).items() if n != "lm_head"}
+        masks = {n: random_hard_mask(s, 128) for n, s in shapes.items()}
+        apply_masks(exact, masks)
         dense = copy.deepcopy(exact).bfloat16()
-        model = convert(copy.deepcopy(dense))
+        model = convert(copy.deepcopy(dense), masks)
         before = sum(m.stored.nbytes for m in model.modules() if isinstance(m, PatchLinear))
         tensor_parallel(model, init_device_mesh("cuda", (RANKS,)))
         layers = [m for m in model.modules() if isinstance(m, PatchLinear)]
