@@ -163,7 +163,7 @@ class FakeLayer(runtime.Layer):
     def dense(self, values, metadata):
         return unpack(from_slabs(Slabs(self.tile_map, self.map, values, metadata, self.order)))
 
-    def _launch(self, s, y, x, values, metadata, bias) -> None:
+    def _launch(self, s, y, x, values, metadata, bias, gated) -> None:
         assert s.why_illegal(self.problem(), self.gpu) is None
         y.copy_((x.float() @ self.dense(values, metadata).float().t()) * (1 + self.wrong))
 
