@@ -22,7 +22,7 @@ demo: $(NEEDS_INSTALL)
 	$(RUN) -m benchmarks.demo
 
 test: $(NEEDS_INSTALL)
-	$(RUN) -m pytest -n logical --maxprocesses 4
+	$(RUN) -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 lint: $(NEEDS_INSTALL)
 	$(RUN) -m ruff check .

@@ -165,7 +165,7 @@ def emit(specialisation: Specialisation, made_for: str = "", directory: Path | N
     name = f"{s.family}_{specialisation.rows}r_{s.tokens}t_{stages}s_{key}.py"
     path = (directory or cache_directory() / "kernels") / name
     if directory is None and not _is_sound(path, body):
-        path = writable_directory() / "kernels" / name
+        path = writable_directory("kernels") / name
     if not _is_sound(path, body):
         header = f"# Emitted from codegen/kernels/{_FAMILIES[s.family][0]}, {_versions()}. Rebuilt when it does not match.\n"
         header += f"# Schedule: {s}. First made for: {made_for or 'no layer in particular'}\n"

@@ -47,7 +47,6 @@ class _Launch:
 
 
 _workspaces = Workspaces()
-_refused: set[tuple[Schedule, int, torch.dtype, str]] = set()  # what this Triton did not compile: Layer._key
 _MOST_CHOICES = 8192  # a server sees many different T
 
 
@@ -72,8 +71,6 @@ class Layer:
         found = self._choices.get((tokens, dense_weight))
         if found is None:
             found = tuning.pick(self.problem(dense_weight=dense_weight), self.gpu, tokens)
-            if self._key(found) in _refused:
-                found = Gemm(expand=not dense_weight)
             if len(self._choices) >= _MOST_CHOICES:
                 self._choices.clear()
             self._choices[tokens, dense_weight] = found
@@ -128,21 +125,15 @@ class Layer:
             else:
                 raise ValueError(f"schedule {schedule}: the weight is held as slabs")
 
-    def _key(self, schedule: Schedule) -> tuple[Schedule, int, torch.dtype, str]:
-        return schedule, self.map.rows, self.dtype, self.gpu.key
-
     def _refuse(self, schedule: Schedule, error: Exception) -> None:
-        key = self._key(schedule)
-        with self._lock:
-            if key not in _refused:
-                (what, *_) = str(error).strip().splitlines() or [""]
-                warnings.warn(
-                    f"patch: Triton {self.gpu.triton} does not compile {schedule} for {self.gpu.name}: {type(error).__name__} "
-                    f"{what[:200]}; a dense GEMM runs instead",
-                    stacklevel=2,
-                )
-            _refused.add(key)
-            self._choices.clear()
+        if tuning.refuse(schedule, self.problem(), self.gpu):
+            (what, *_) = str(error).strip().splitlines() or [""]
+            warnings.warn(
+                f"patch: Triton {self.gpu.triton} does not compile {schedule} for {self.gpu.name}: {type(error).__name__} "
+                f"{what[:200]}; a dense GEMM runs instead",
+                stacklevel=2,
+            )
+        self._choices.clear()
 
     def dense(self, values: Tensor, metadata: Tensor) -> Tensor:
         """A dense copy of W [M, K], +0.0 where nothing is kept."""
@@ -230,13 +221,12 @@ class Layer:
 
 
 def _is_of_compiler(error: Exception) -> bool:
-    """Whether Triton failed to compile a kernel, or is of a version whose language the kernel does not speak.
+    """Whether Triton failed to compile a kernel.
 
-    Not what a launch raises: after a fault on the GPU nothing can be trusted to run instead.
+    Not what a launch raises: after a fault on the GPU nothing can be trusted to run instead. Not Python's own errors, which
+    may be ours: other versions of Triton's language are refused at import.
     """
-    if isinstance(error, TritonError | ImportError | AttributeError | TypeError):
-        return True
-    return type(error) is RuntimeError and "PassManager" in str(error)
+    return isinstance(error, TritonError) or (type(error) is RuntimeError and "PassManager" in str(error))
 
 
 def _descriptors(x: Tensor, values: Tensor, metadata: Tensor, tokens: int, rows: int, panel_rows: int) -> tuple[Any, Any, Any]:

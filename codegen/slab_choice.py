@@ -29,6 +29,11 @@ def why_no_slabs(device: torch.device, dtype: torch.dtype, tile_map: TileMap) ->
     return why_untileable(dtype, tile_map)
 
 
+def why_canonical(device: torch.device, dtype: torch.dtype, tile_map: TileMap) -> str:
+    """Why a weight that is held in the canonical form is, in one line."""
+    return why_no_slabs(device, dtype, tile_map) or "no memory was left to make slabs of it; move the model once more"
+
+
 def why_untileable(dtype: torch.dtype, tile_map: TileMap) -> str | None:
     """The same of what no GPU could change: dtype and shape."""
     if dtype not in DTYPES:

@@ -91,6 +91,7 @@ _lock = threading.RLock()
 _tables: dict[str, Table] = {}
 _picked: WeakKeyDictionary[SlabMap, dict[tuple[Any, ...], Schedule]] = WeakKeyDictionary()
 _MOST_PICKED = 8192  # of one layer
+_refused: set[tuple[Schedule, int, str, str]] = set()  # see `refuse`
 
 
 def pick(problem: Problem, gpu: GpuSpec, tokens: int) -> Schedule:
@@ -112,7 +113,28 @@ def pick(problem: Problem, gpu: GpuSpec, tokens: int) -> Schedule:
 
 def _pick(problem: Problem, gpu: GpuSpec, tokens: int) -> Schedule:
     entry = measured(problem, gpu, tokens)
-    return cost_model.choose(problem, gpu, tokens) if entry is None else entry.schedule
+    return _compiles(cost_model.choose(problem, gpu, tokens) if entry is None else entry.schedule, problem, gpu)
+
+
+def refuse(schedule: Schedule, problem: Problem, gpu: GpuSpec) -> bool:
+    """From now on a dense GEMM takes its place wherever it would be picked: Triton does not compile it. Whether that is new."""
+    with _lock:
+        key = _refusal(schedule, problem, gpu)
+        new = key not in _refused
+        _refused.add(key)
+        _picked.clear()
+        return new
+
+
+def _compiles(schedule: Schedule, problem: Problem, gpu: GpuSpec) -> Schedule:
+    """The schedule, or what runs instead if this Triton does not compile it."""
+    refused = bool(_refused) and _refusal(schedule, problem, gpu) in _refused
+    return Gemm(expand=not problem.dense_weight) if refused else schedule
+
+
+def _refusal(schedule: Schedule, problem: Problem, gpu: GpuSpec) -> tuple[Schedule, int, str, str]:
+    """What its kernel depends on; with a bias or without, it is refused for both."""
+    return schedule, problem.slabs.rows if problem.slabs is not None else 0, problem.dtype, gpu.key
 
 
 def measured(problem: Problem, gpu: GpuSpec, tokens: int) -> Entry | None:
@@ -141,7 +163,12 @@ def intervals(problem: Problem, gpu: GpuSpec, upto: int = 16384) -> list[Interva
                 joins = bool(found) and found[-1].measured is None and found[-1].schedule == interval.schedule
                 found.append(replace(interval, first=found.pop().first if joins else first, last=end))
             first = end + 1
-    return found
+    return [_compiled(interval) for interval in found]
+
+
+def _compiled(interval: Interval) -> Interval:
+    schedule = _compiles(interval.schedule, interval.problem, interval.gpu)
+    return interval if schedule is interval.schedule else replace(interval, schedule=schedule, measured=None)
 
 
 @dataclass(eq=False)

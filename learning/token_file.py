@@ -121,7 +121,7 @@ def tokenise(
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     target = (cache_directory or cache.cache_directory() / "tokens") / digest
     if cache_directory is None and not _is_made(target):
-        target = cache.writable_directory() / "tokens" / digest
+        target = cache.writable_directory("tokens") / digest
     # it appears complete or not at all: what is there needs no lock, which a directory that came with an image has no room for
     with nullcontext() if _is_made(target) else _lock(target):
         if not _is_made(target):

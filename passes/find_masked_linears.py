@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor, fx
 
 from patch_compiler.hard_mask import HardMask
 from patch_compiler.linears import mask_of
+from patch_compiler.stored import Layout
 from patch_compiler.tile_map import TileMap, normalize_tile
 
 from .context import Context, Linear
@@ -57,7 +59,7 @@ def _packed_linear(node: fx.Node, context: Context) -> Linear:
         linear.reason = "PatchLinear of symbolic size"
         return linear
     out_features, in_features, rows, columns = (int(a) for a in node.args[8:12])  # type: ignore[arg-type]
-    linear.shape = (out_features, in_features)
+    linear.shape, linear.layout = (out_features, in_features), cast(Layout, node.args[7])
     known = context.values.get(kinds) if isinstance(kinds, fx.Node) else None
     if known is not None and is_plain_tensor(known):
         linear.tile_map = TileMap(linear.shape, (rows, columns), known)

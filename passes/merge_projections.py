@@ -40,10 +40,12 @@ def _is_candidate(linear: Linear, context: Context) -> bool:
     device = context.device(linear)
     if linear.tile_map is None or linear.dtype is None or device is None or context.options.kernel != "auto":
         return False
+    if linear.source is None:  # a PatchLinear
+        return (
+            linear.layout != "canonical" and linear.runs == "packed" and all(n in context.values for n in linear.node.args[1:5])
+        )
     if layout_for(device, linear.dtype, linear.tile_map) == "canonical":
         return False
-    if linear.source is None:  # a PatchLinear
-        return linear.runs == "packed" and all(n in context.values for n in linear.node.args[1:5])
     return linear.tile_map.count(TileKind.DENSE) < linear.tile_map.kinds.numel()
 
 
@@ -85,9 +87,8 @@ def _held(linear: Linear, context: Context) -> StoredWeight | None:
     assert linear.tile_map is not None
     assert linear.dtype is not None
     assert device is not None
-    layout = layout_for(device, linear.dtype, linear.tile_map)
     if linear.source is not None:
-        return linear.source.held(layout)
+        return linear.source.held(layout_for(device, linear.dtype, linear.tile_map))
     tensors = [context.values[n] for n in linear.node.args[1:5]]  # type: ignore[index]
     alone = all(t.untyped_storage().nbytes() == t.nbytes for t in tensors[:3])
-    return None if alone else StoredWeight(linear.tile_map, layout, *tensors)
+    return None if alone else StoredWeight(linear.tile_map, linear.layout, *tensors)

@@ -8,7 +8,7 @@ from torch import fx
 from codegen.formats.slab_map import SlabMap, slab_map
 from codegen.gpu import this_gpu
 from codegen.problem import Problem
-from codegen.slab_choice import why_no_slabs
+from codegen.slab_choice import why_canonical
 from codegen.tuning import Choices
 from patch_compiler.tile_map import TileKind
 
@@ -42,7 +42,7 @@ def _decide(linear: Linear, context: Context) -> tuple[Runs, str]:
         return dense, "option kernel='dense'"
     if kernel == "auto" and linear.layout == "canonical":
         if device.type == "cuda":
-            why = why_no_slabs(device, linear.source.dtype, linear.tile_map)
+            why = why_canonical(device, linear.source.dtype, linear.tile_map)
             return dense, f"only the reference kernel could run it here, and a dense GEMM is faster: {why}"
         return dense, f"on {device.type} a dense GEMM on the masked weight is faster than decompressing it at every call"
     return "packed", "its mask was found in the graph" if linear.in_graph else "its weight carries a tile map"

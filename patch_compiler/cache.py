@@ -3,13 +3,16 @@
     kernels/  emitted modules        tuned/  tables of `python -m patch_compiler.autotune`
     tokens/   tokenised text         demo/   the demo's model
 
-What is there is read from there, also where the directory cannot be written, as one that is part of a container image. What
-is missing then goes to a temporary directory, with one warning.
+What is there is read from there, also where the directory cannot be written, as one that is part of a container image. Kernels
+and tokens that are missing then go to a temporary directory, with one warning. Tables and the model are made to stay: whoever
+writes them says that it cannot.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 import warnings
 from functools import cache
@@ -27,9 +30,9 @@ def cache_directory() -> Path:
         return _temporary(f"no cache directory ({error})")
 
 
-def writable_directory() -> Path:
-    """The directory to write to, made. Raises RuntimeError if neither it nor a temporary one can be written."""
-    return _writable(cache_directory())
+def writable_directory(part: str) -> Path:
+    """The directory to write a part to, made. Raises RuntimeError if neither it nor a temporary one can be written."""
+    return _writable(cache_directory() / part)
 
 
 @cache
@@ -39,15 +42,29 @@ def _writable(wanted: Path) -> Path:
         with tempfile.TemporaryFile(dir=wanted):
             return wanted
     except OSError as error:
-        return _temporary(f"{wanted} cannot be written ({error})")
-
-
-@cache
-def _temporary(reason: str) -> Path:
-    """One for all of the process, so that a second call finds what the first one made."""
-    try:
-        instead = Path(tempfile.mkdtemp(prefix="patch_compiler-"))
-    except OSError as error:
-        raise RuntimeError(f"patch: {reason}, nor a temporary directory ({error}); set PATCH_CACHE_DIR") from error
-    warnings.warn(f"patch: {reason}; what is made goes to {instead}, and again next time: see PATCH_CACHE_DIR", stacklevel=4)
+        instead = _temporary(f"{wanted} cannot be written ({error})") / wanted.name
+    instead.mkdir(parents=True, exist_ok=True)
     return instead
+
+
+_made: list[Path] = []
+
+
+def _temporary(reason: str) -> Path:
+    """One for the life of this process, so that a second call finds what the first one made."""
+    if not _made:
+        try:
+            instead = Path(tempfile.mkdtemp(prefix="patch_compiler-"))
+        except OSError as error:
+            raise RuntimeError(f"patch: {reason}, nor a temporary directory ({error}); set PATCH_CACHE_DIR") from error
+        atexit.register(_remove, instead, os.getpid())
+        _made.append(instead)
+        warnings.warn(
+            f"patch: {reason}; what is made goes to {instead}, and again next time: see PATCH_CACHE_DIR", stacklevel=4
+        )
+    return _made[0]
+
+
+def _remove(directory: Path, made_by: int) -> None:
+    if os.getpid() == made_by:  # a forked child ends too
+        shutil.rmtree(directory, ignore_errors=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from codegen.slab_choice import why_no_slabs
+from codegen.slab_choice import why_canonical
 from codegen.tuning import Choices
 
 from .linears import is_conv1d, mask_of, weight_of
@@ -143,7 +143,7 @@ def _own_tensors(module: nn.Module) -> list[Tensor]:
 def _eager_packed(name: str, module: PatchLinear) -> Site:
     why = "PatchLinear, not compiled"
     if module.values.is_cuda and module.layout == "canonical":
-        why += f"; {why_no_slabs(module.values.device, module.values.dtype, module.tile_map)}"
+        why += f"; {why_canonical(module.values.device, module.values.dtype, module.tile_map)}"
     return Site(
         name, module.tile_map.shape, str(module.values.dtype).removeprefix("torch."), module.tile_map,
         packed_kernel(module.layout, module.values), why,

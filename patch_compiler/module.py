@@ -126,6 +126,7 @@ class PatchLinear(nn.Module):
             wanted = layout_for(self.values.device, self.values.dtype, self.tile_map)
             if wanted != self.layout:
                 self._hold(store(self.packed, wanted))
+        self._sizes = self.stored.sizes  # pickles of earlier releases lack it
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -41,10 +41,12 @@ class PackOnLoad(ConversionOps):
         mask = self._masks[name]
         try:
             packed = pack(weight.t() if is_conv1d(dense) else weight, mask)
-        except torch.OutOfMemoryError as error:  # transformers reports it with its own error, and loads no model
+        except torch.OutOfMemoryError:  # transformers reports it with its own error, and loads no model
+            packed = None
+        if packed is None:  # not inside `except`: the first error would hold all the memory that was taken on the way
             raise torch.OutOfMemoryError(
                 f"no memory left on {weight.device} to pack {name!r}; load with device_map='cpu' and move the model afterwards"
-            ) from error
+            )
         layer = swap_in_empty(model, name, mask.tile_map, packed.dtype)
         layer.values, layer.indices = packed.values, packed.indices
         layer.kinds = mask.tile_map.kinds.to(weight.device, copy=True)

@@ -41,9 +41,6 @@ def problem_of_o() -> Problem:
     return Problem((4096, 4096), "bfloat16", slab_map(scattered((4096, 4096), 0.9)))
 
 
-# ---- measuring, with times made up
-
-
 def test_noise_is_of_the_difference():
     drift = [10 + 0.1 * i for i in range(15)]  # both drift alike: their difference is known well
     a, b = Timing(tuple(drift)), Timing(tuple(d + 1 for d in drift))
@@ -109,9 +106,6 @@ def test_equal_launches_are_tuned_once(with_gpu):
     rows = autotune.autotune(targets, [1])
     assert FakeBench.made == 4
     assert [r.target.count for r in rows] == [96] * 4
-
-
-# ---- memory that runs out
 
 
 def full(*_, **__):
@@ -194,9 +188,6 @@ def test_command_with_a_gpu(with_gpu, capsys, tmp_path):
     assert capsys.readouterr().out.startswith("Predictions of the cost model for NVIDIA A100 SXM 80GB, scaled")
 
 
-# ---- what there is to tune
-
-
 def test_standard_layers_are_the_models_own():
     for name, (blocks, shapes) in STANDARD.items():
         for target in standard_targets(name, 0.3):
@@ -262,9 +253,6 @@ def test_projections_that_cannot_be_merged_are_tuned_alone(tmp_path):
 def test_models_without_masks_have_nothing_to_tune():
     with pytest.raises(ValueError, match="holds no masked layer"):
         targets_of(tiny_llama())
-
-
-# ---- the command, without a GPU
 
 
 @pytest.fixture

@@ -84,9 +84,6 @@ def test_the_picture_has_all_slabs_once() -> None:
     assert {s.parts > 1 for s in work} == {True, False}  # it shows a panel that is shared and one that is not
 
 
-# ---- environment variables
-
-
 def sources(*folders: str) -> Iterator[Path]:
     for folder in folders:
         yield from sorted((ROOT / folder).rglob("*.py"))

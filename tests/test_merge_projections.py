@@ -157,6 +157,14 @@ def storages(*tensors: Tensor) -> set[int]:
     return {t.untyped_storage()._cdata for t in tensors}
 
 
+def test_a_layer_left_in_the_canonical_form_stays_apart(graphs: list) -> None:
+    """As when memory ran out while it was moved; the others of its input still share a launch."""
+    block, t = make("PatchLinear"), x()
+    block.k._hold(stored.store(block.k.packed, "canonical"))
+    right(compiled(block)(t), block, t)
+    assert sorted(launched(graphs[0])) == sorted([128, 256 + 100, 640, K])
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("bias", ["", "qkv", "k", "qv"])
 def test_one_launch_for_each_input(form: str, bias: str, graphs: list) -> None:

@@ -11,9 +11,11 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks import soak as soak_benchmark
 from benchmarks.charts import Axes, Bar, Field, Series, bar_chart, line_chart
 from benchmarks.readme import RESULTS, ROOT
 from benchmarks.results_page import __main__ as command
@@ -89,11 +91,13 @@ def one_shot_cost(gpu: bool) -> dict[str, object]:
     return {"block": {"hidden": 4, "mlp": 8, "tokens": 16}, "rows": [row | {"peak_gb": a_time() if gpu else None}]}
 
 
-def soak(gpu: bool) -> dict[str, object]:
-    memory = {"gpu_bytes": 10**9 if gpu else 0, "resident_bytes": 2 * 10**9}
+def soak(grown: str) -> dict[str, object]:
+    memory = soak_benchmark.memory(torch.device("cpu"))
+    end = memory | ({grown: memory[grown] + 10**9} if grown else {})
     return {
         "model": "m", "sparsity": 0.45, "requests": 7, "compared": 2, "tokens": 99, "wrong_tokens": 0, "largest_error": 1e-2,
-        "dense_largest_error": 1e-2, "settled": memory, "end": memory, "seconds": a_time(), "graphs": 1, "grew": False,
+        "dense_largest_error": 1e-2, "settled": memory, "end": end, "seconds": a_time(), "graphs": 1,
+        "grew": soak_benchmark.grew(memory, end, 3),
     }  # fmt: skip
 
 
@@ -121,7 +125,7 @@ MADE_UP = {
     "benchmarks.step_profile": [step_profile()],
     "benchmarks.learning_cost": [learning_cost()],
     "benchmarks.one_shot_cost": [one_shot_cost(True), one_shot_cost(False)],
-    "benchmarks.soak": [soak(True), soak(False)],
+    "benchmarks.soak": [soak(""), soak("tensors"), soak("resident_bytes")],
     "benchmarks.compile_time": [compile_times()],
     "patch_compiler.bench": [whole_models(True), whole_models(False)],
     "benchmarks.quality.study": [study(), study() | {"rows": []}, far_worse(study())],

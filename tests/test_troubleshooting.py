@@ -82,7 +82,13 @@ def reasons(path: Path) -> Iterator[str]:
             values = [v.elts[1] for v in returned if isinstance(v, ast.Tuple)]
         elif isinstance(node, ast.FunctionDef) and node.name == "_source":
             values = [r.exc.args[0] for r in ast.walk(node) if isinstance(r, ast.Raise) and isinstance(r.exc, ast.Call)]
-        elif isinstance(node, ast.FunctionDef) and node.name in ("_eager_packed", "why_not", "why_no_slabs", "why_untileable"):
+        elif isinstance(node, ast.FunctionDef) and node.name in (
+            "_eager_packed",
+            "why_not",
+            "why_no_slabs",
+            "why_canonical",
+            "why_untileable",
+        ):
             values = [s for s in ast.walk(node) if isinstance(s, ast.Constant | ast.JoinedStr) and " " in (text_of(s) or "")]
             values = [s for s in values if text_of(s) != ast.get_docstring(node, clean=False)]
         for value in values:

@@ -6,12 +6,15 @@ from patch_compiler.text_table import human_bytes
 
 from .section import Record, Section, markdown_table, where_from
 
+MEMORY = {"gpu_bytes": "allocated on the GPU", "resident_bytes": "resident memory of the process", "tensors": "living tensors"}
+
 
 def section(name: str, record: Record) -> Section:
-    memory = [
-        (what, *(human_bytes(record[when][key]) for when in ("settled", "end")))
-        for key, what in (("gpu_bytes", "allocated on the GPU"), ("resident_bytes", "process, largest so far"))
-    ]
+    def shown(key: str, value: int) -> str:
+        return human_bytes(value) if key.endswith("bytes") else str(value)
+
+    memory = [(what, *(shown(key, record[when][key]) for when in ("settled", "end"))) for key, what in MEMORY.items()]
+    grew = [MEMORY[key] for key in record["grew"]]
     text = [
         f"{where_from(record)}\n"
         f"{record['model']} with random weights at {record['sparsity']:.0%}: {record['requests']} requests of random shapes, "
@@ -19,7 +22,8 @@ def section(name: str, record: Record) -> Section:
         f"Of {record['compared']} tokens compared with the masked dense model in float32, wrong: {record['wrong_tokens']}. "
         f"Largest relative error of logits {record['largest_error']:.2e};\n"
         f"of the masked dense model in the same dtype {record['dense_largest_error']:.2e}.",
-        f"GPU memory {'grew' if record['grew'] else 'did not grow'} after the first fifth of the requests:",
-        markdown_table(["memory", "after a fifth", "at the end"], memory),
+        "The second half of the requests repeats the first, so that what grows then is a leak. "
+        + (f"Grown by more than allowed: {', '.join(grew)}." if grew else "Nothing grew by more than allowed."),
+        markdown_table(["", "in the middle", "at the end"], memory),
     ]
     return Section(f"Soak: {record['requests']} requests", "\n\n".join(text))

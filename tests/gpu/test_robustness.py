@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from triton.compiler.errors import CompilationError
 
-from codegen import emit, runtime, tuning
+from codegen import emit, tuning
 from codegen.gpu import this_gpu
 from patch_compiler import PatchLinear, apply_masks, convert
 from patch_compiler.autotune import autotune
@@ -146,7 +146,7 @@ def test_a_kernel_that_triton_does_not_compile_is_replaced(monkeypatch: pytest.M
         raise CompilationError(None, None, "deliberate")
 
     monkeypatch.setattr(emit, "kernel", kernel)
-    monkeypatch.setattr(runtime, "_refused", set())
+    monkeypatch.setattr(tuning, "_refused", set())
     with pytest.warns(UserWarning, match="does not compile .* a dense GEMM runs instead"):
         y = model(x)
     assert relative_error(y, reference) < 1e-2
