@@ -164,9 +164,11 @@ def emit(specialisation: Specialisation, made_for: str = "", directory: Path | N
     stages = s.x_stages if isinstance(s, Prefill) else s.stages
     name = f"{s.family}_{specialisation.rows}r_{s.tokens}t_{stages}s_{key}.py"
     path = (directory or cache_directory() / "kernels") / name
-    if directory is None and not _is_sound(path, body):
+    sound = _is_sound(path, body)
+    if not sound and directory is None:
         path = writable_directory("kernels") / name
-    if not _is_sound(path, body):
+        sound = _is_sound(path, body)
+    if not sound:
         header = f"# Emitted from codegen/kernels/{_FAMILIES[s.family][0]}, {_versions()}. Rebuilt when it does not match.\n"
         header += f"# Schedule: {s}. First made for: {made_for or 'no layer in particular'}\n"
         _write(path, header + body)
