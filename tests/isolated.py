@@ -27,9 +27,9 @@ def run_python(code: str, *, without: Sequence[str] = (), prefix: Sequence[str] 
     without: packages that cannot be imported there. prefix: a command that runs it. environment: variables to set.
     """
     result = subprocess.run(
-        [*prefix, sys.executable, "-c", (_WITHOUT.format(names=tuple(without)) if without else "") + code],
+        [*prefix, sys.executable, "-X", "faulthandler", "-c", (_WITHOUT.format(names=tuple(without)) if without else "") + code],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **environment},
         capture_output=True, text=True, timeout=280,
     )  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.returncode == 0, f"exit {result.returncode}\n{result.stdout}{result.stderr}"
     return result.stdout

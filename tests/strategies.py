@@ -58,6 +58,18 @@ def relative_error(out: Tensor, reference: Tensor) -> float:
     return difference / scale if scale else (0.0 if difference == 0 else float("inf"))
 
 
+def rounded_error(out: Tensor, reference: Tensor) -> float:
+    """The relative error as a share of what is allowed: to be the reference rounded once, but for sums in float32.
+
+    What one rounding costs is counted, not guessed: it depends on the values, the more the fewer of them count.
+    """
+    allowed = 1.02 * relative_error(reference.to(out.dtype), reference) + _SUMS[out.dtype]
+    return relative_error(out, reference) / allowed
+
+
+_SUMS = {torch.bfloat16: 1e-4, torch.float16: 3e-5, torch.float32: 1e-5}  # a sum may fall on the other side of a rounding
+
+
 def random_hard_mask(
     shape: tuple[int, int], tile: int | tuple[int, int], dense: float = 0.4, score: Tensor | None = None
 ) -> HardMask:

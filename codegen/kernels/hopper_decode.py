@@ -121,7 +121,8 @@ def _add_parts(own, partials_ptr, part, first_part, n_parts, offsets, acc_layout
             wanted = (p + i < end) & (p + i != part)
             parts = parts + (gl.load(source, mask=wanted, other=0.0, cache_modifier=".cg"),)  # noqa: RUF005
         for i in gl.static_range(PARTS_AT_ONCE):
-            line += gl.where(p + i == part, own, parts[i])
+            # in a gated launch its own part may be the first behind these
+            line += gl.where((p + i == part) & (p + i < end), own, parts[i])
     acc = line.reshape([TOKENS // 8, WARPS, 8, 4, 2, 2]).permute((1, 4, 2, 0, 3, 5)).reshape([ROWS, TOKENS])
     return gl.convert_layout(acc, acc_layout, assert_trivial=True)
 

@@ -21,10 +21,10 @@ from codegen.runtime import Layer
 from codegen.schedule import Gemm, Schedule
 from patch_compiler import HardMask, TileKind, TileMap, pack
 
-from ..strategies import random_hard_mask, random_weight, relative_error, same_bits, tile_maps
+from ..strategies import random_hard_mask, random_weight, rounded_error, same_bits, tile_maps
 
 pytestmark = pytest.mark.gpu
-TOLERANCE = {torch.bfloat16: 2e-3, torch.float16: 3e-4}
+DTYPES = [torch.bfloat16, torch.float16]
 SHAPES = [(128, 128), (576, 576), (192, 576), (1536, 576), (1000, 1000), (64, 4096), (4096, 512)]
 
 
@@ -59,8 +59,9 @@ class Case:
         return y
 
     def error(self, x: Tensor, y: Tensor) -> float:
+        """As a share of what one rounding of the outputs explains."""
         bias = None if self.bias is None else self.bias.double()
-        return relative_error(y, F.linear(x.double(), self.weight, bias))
+        return rounded_error(y, F.linear(x.double(), self.weight, bias))
 
 
 def schedule(family: str, tokens: int, stages: int = 4, **changes) -> Decode:
@@ -68,7 +69,7 @@ def schedule(family: str, tokens: int, stages: int = 4, **changes) -> Decode:
 
 
 @pytest.mark.parametrize("tile", [(128, 128), (64, 64), (128, 64), (64, 128)])
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_against_float64(family: str, tile: tuple[int, int], dtype: torch.dtype) -> None:
     for number, shape in enumerate(SHAPES):
         case = Case(random_hard_mask(shape, tile), dtype, ORDER[family], bias=number % 2 == 0)
@@ -78,10 +79,10 @@ def test_against_float64(family: str, tile: tuple[int, int], dtype: torch.dtype)
             if s.why_illegal(case.layer.problem(), this_gpu()) is not None:
                 continue
             x = case.x(tokens)
-            assert case.error(x, case(x, s)) < TOLERANCE[dtype], (shape, tokens)
+            assert case.error(x, case(x, s)) < 1, (shape, tokens)
             halved = replace(s, halves=True)
             if halved.why_illegal(case.layer.problem(), this_gpu()) is None:
-                assert case.error(x, case(x, halved)) < TOLERANCE[dtype], (shape, tokens, "halves")
+                assert case.error(x, case(x, halved)) < 1, (shape, tokens, "halves")
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_uniform_maps_and_empty_panels(family: str, kinds: tuple[TileKind, ...])
     case = Case(HardMask.select(tile_map, torch.rand(1100, 2000)), torch.bfloat16, ORDER[family])
     x = case.x(16)
     y = case(x, schedule(family, 16))
-    assert case.error(x, y) < 2e-3
+    assert case.error(x, y) < 1
     assert torch.equal(y[:, 3 * 128 : 4 * 128], case.bias[3 * 128 : 4 * 128].expand(16, -1))
 
 
@@ -112,7 +113,7 @@ def test_every_schedule_gives_the_same_bits_each_time(family: str) -> None:
                         continue
                     x = case.x(tokens - tokens // 3)
                     y = case(x, s)
-                    assert case.error(x, y) < 2e-3, s
+                    assert case.error(x, y) < 1, s
                     assert all(same_bits(case(x, s), y) for _ in range(4)), s
                     tried += 1
     assert tried > 10
@@ -140,7 +141,7 @@ def test_graphs_streams_and_shared_scratch(family: str) -> None:
         x.normal_()
     graph.replay()
     torch.cuda.synchronize()
-    assert all(c.error(x, y) < 2e-3 for c, x, y in zip(cases, xs, captured[-2:], strict=True))
+    assert all(c.error(x, y) < 1 for c, x, y in zip(cases, xs, captured[-2:], strict=True))
 
 
 def test_first_use_inside_a_capture_says_so(family: str) -> None:
@@ -149,7 +150,7 @@ def test_first_use_inside_a_capture_says_so(family: str) -> None:
     y = torch.empty(4, 256, device="cuda", dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match="first time inside a CUDA graph capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         case.layer.run(y, x, case.slabs.values, case.slabs.metadata, None, schedule=schedule(family, 8))
-    assert case.error(x, case(x, schedule(family, 8))) < 2e-3
+    assert case.error(x, case(x, schedule(family, 8))) < 1
 
 
 @pytest.mark.parametrize("order", get_args(Order))
@@ -160,7 +161,7 @@ def test_expanded_weight_is_the_weight(order: Order, tile: tuple[int, int]) -> N
         dense = case.layer.dense(case.slabs.values, case.slabs.metadata)
         assert same_bits(dense, case.weight.bfloat16())
         x = case.x(300)
-        assert case.error(x, case(x, Gemm(expand=True))) < 2e-3
+        assert case.error(x, case(x, Gemm(expand=True))) < 1
 
 
 @pytest.mark.parametrize("batch", range(8))  # one for each of several processes
@@ -171,7 +172,7 @@ def test_any_map_shape_and_tokens(family: str, batch: int, data: st.DataObject) 
     m, k = tile_map.shape
     k += -k % 8  # what TMA and cp.async need; the rest stays canonical
     tile_map = TileMap((m, k), tile_map.tile, tile_map.kinds[:, : TileMap.grid_of((m, k), tile_map.tile)[1]])
-    seed, dtype = data.draw(st.integers(0, 2**31)), data.draw(st.sampled_from(list(TOLERANCE)))
+    seed, dtype = data.draw(st.integers(0, 2**31)), data.draw(st.sampled_from(DTYPES))
     tokens, tile = data.draw(st.integers(1, 70)), data.draw(st.sampled_from((8, 16, 32, 64)))
     mask = HardMask.select(tile_map, torch.rand((m, k), generator=torch.Generator().manual_seed(seed)))
     weight = random_weight((m, k), dtype, seed).cuda()
@@ -181,9 +182,7 @@ def test_any_map_shape_and_tokens(family: str, batch: int, data: st.DataObject) 
     y = torch.full((tokens, m), float("nan"), device="cuda", dtype=dtype)
     layer.run(y, x, slabs.values, slabs.metadata, None, schedule=schedule(family, tile))
     reference = x.double() @ torch.where(mask.keep("cuda"), weight, 0).double().T
-    # of few values each may be rounded by half a unit in the last place; of many the mean counts
-    bound = TOLERANCE[dtype] if y.numel() > 256 else 1.02 * torch.finfo(dtype).eps / 2
-    assert relative_error(y, reference) < bound
+    assert rounded_error(y, reference) < 1
 
 
 def test_padding_of_x_is_never_multiplied(family: str) -> None:
@@ -192,7 +191,7 @@ def test_padding_of_x_is_never_multiplied(family: str) -> None:
     storage = torch.full((6, 200), float("inf"), device="cuda", dtype=torch.bfloat16)
     storage[1:4] = torch.randn(3, 200, device="cuda")
     x = storage[1:4]
-    assert case.error(x, case(x, schedule(family, 8))) < 2e-3
+    assert case.error(x, case(x, schedule(family, 8))) < 1
 
 
 def test_compiled_ahead_is_compiled(family: str, tmp_path, monkeypatch) -> None:

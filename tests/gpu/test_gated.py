@@ -14,8 +14,8 @@ from codegen.gpu import this_gpu
 from codegen.schedule import Gemm, Schedule
 from patch_compiler import HardMask, TileKind, TileMap
 
-from ..strategies import random_hard_mask, relative_error, same_bits
-from .test_decode import TOLERANCE, Case, schedule
+from ..strategies import random_hard_mask, rounded_error, same_bits
+from .test_decode import DTYPES, Case, schedule
 
 pytestmark = pytest.mark.gpu
 ORDER = "rows"
@@ -34,13 +34,13 @@ def gated(case: Case, x: Tensor, s: Schedule | None = None) -> Tensor:
 
 
 def error(case: Case, x: Tensor, y: Tensor) -> float:
-    """Against float64 with the one rounding that separate launches have too."""
+    """Against float64 with the rounding that separate launches have too, as a share of what that and the last one explain."""
     both = F.linear(x.double(), case.weight, None if case.bias is None else case.bias.double())
     gate, up = both.to(case.dtype).double().chunk(2, -1)
-    return relative_error(y, F.silu(gate) * up)
+    return rounded_error(y, F.silu(gate) * up)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tile", [(128, 128), (64, 64), (128, 64)])
 def test_every_schedule_that_can(tile: tuple[int, int], dtype: torch.dtype) -> None:
     tried = 0
@@ -55,7 +55,7 @@ def test_every_schedule_that_can(tile: tuple[int, int], dtype: torch.dtype) -> N
                 for rows in (1, tokens, tokens + 3):
                     x = case.x(rows)
                     y = gated(case, x, s)
-                    assert error(case, x, y) < 1.5 * TOLERANCE[dtype], (shape, s, rows)
+                    assert error(case, x, y) < 1.5, (shape, s, rows)
                     assert all(same_bits(gated(case, x, s), y) for _ in range(3)), (shape, s, rows)
                 tried += 1
     assert tried > 30
@@ -69,7 +69,7 @@ def test_empty_panels_of_either() -> None:
     case = Case(HardMask.select(tile_map, torch.rand(1024, 1152)), torch.bfloat16, ORDER)
     for tokens in (1, 16, 33):
         x = case.x(tokens)
-        assert error(case, x, gated(case, x)) < 3e-3
+        assert error(case, x, gated(case, x)) < 1.5
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 65, 128, 300, 2048])
@@ -78,24 +78,23 @@ def test_at_any_number_of_tokens(tokens: int) -> None:
     case = Case(random_hard_mask((2048, 1024), 128), torch.bfloat16, ORDER)
     x = case.x(tokens)
     for s in (None, Gemm(expand=True)):
-        assert error(case, x, gated(case, x, s)) < 3e-3, s
+        assert error(case, x, gated(case, x, s)) < 1.5, s
 
 
 def test_in_a_graph_beside_launches_that_share_scratch() -> None:
     case = Case(random_hard_mask((4096, 1024), 128), torch.bfloat16, ORDER)
     s = schedule("hopper", 16, 6, early_start=True)
     x = case.x(13)
-    gated(case, x, s), case(x, s)
+    plain, halved = replace(s, stages=4), replace(s, halves=True)
+    gated(case, x, s), case(x, plain), gated(case, x, halved)  # made ready before they are captured
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = [
-            (gated(case, x, s), case(x, replace(s, stages=4)), gated(case, x, replace(s, halves=True))) for _ in range(3)
-        ]
+        captured = [(gated(case, x, s), case(x, plain), gated(case, x, halved)) for _ in range(3)]
     for _ in range(10):
         x.normal_()
         graph.replay()
         torch.cuda.synchronize()
-        for first, plain, second in captured:
-            assert error(case, x, first) < 3e-3
-            assert case.error(x, plain) < 2e-3
-            assert error(case, x, second) < 3e-3
+        for first, beside, second in captured:
+            assert error(case, x, first) < 1.5
+            assert case.error(x, beside) < 1
+            assert error(case, x, second) < 1.5

@@ -18,8 +18,8 @@ from codegen.prefill_schedule import Prefill, prefill_schedules
 from codegen.runtime import Layer
 from patch_compiler import HardMask, TileKind, TileMap, pack
 
-from ..strategies import random_hard_mask, random_weight, relative_error, same_bits, tile_maps
-from .test_decode import TOLERANCE, Case
+from ..strategies import random_hard_mask, random_weight, rounded_error, same_bits, tile_maps
+from .test_decode import DTYPES, Case
 
 pytestmark = pytest.mark.gpu
 # by rows of a panel; the simplest first
@@ -83,17 +83,17 @@ def test_the_smallest(rows: int, schedule: Prefill) -> None:
             case = Case(random_hard_mask(shape, (rows, 128)), torch.bfloat16, "rows", bias)
             x = case.x(tokens)
             error = case.error(x, case(x, schedule))
-            assert error < TOLERANCE[torch.bfloat16], (shape, tokens, bias, error)
+            assert error < 1, (shape, tokens, bias, error)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "schedule"), ALL)
 def test_against_float64(rows: int, schedule: Prefill, dtype: torch.dtype) -> None:
     for number, shape in enumerate([(576, 576), (1536, 576), (1000, 1000), (64, 4096), (4096, 512), (2048, 2048)]):
         case = Case(random_hard_mask(shape, (rows, 128)), dtype, "rows", bias=number % 2 == 0)
         for tokens in (1, 127, 129, 256, 700, 2048):
             x = case.x(tokens)
-            assert case.error(x, case(x, schedule)) < TOLERANCE[dtype], (shape, tokens)
+            assert case.error(x, case(x, schedule)) < 1, (shape, tokens)
 
 
 @pytest.mark.parametrize(("rows", "schedule"), ALL)
@@ -106,7 +106,7 @@ def test_uniform_maps_and_empty_panels(rows: int, schedule: Prefill, kinds: tupl
     case = Case(HardMask.select(TileMap(shape, (rows, 128), chosen), torch.rand(shape)), torch.bfloat16, "rows")
     x = case.x(520)
     y = case(x, schedule)
-    assert case.error(x, y) < 2e-3
+    assert case.error(x, y) < 1
     assert torch.equal(y[:, 3 * rows : 4 * rows], case.bias[3 * rows : 4 * rows].expand(520, -1))
 
 
@@ -119,7 +119,7 @@ def test_every_ring_gives_the_same_bits_each_time(rows: int) -> None:
     x = case.x(2000)
     for s in found:
         y = case(x, s)
-        assert case.error(x, y) < 2e-3, s
+        assert case.error(x, y) < 1, s
         assert all(same_bits(case(x, s), y) for _ in range(5)), s
 
 
@@ -128,8 +128,8 @@ def test_columns_in_narrow_tiles() -> None:
     assert not slab_map(mask.tile_map).in_pairs
     case = Case(mask, torch.bfloat16, "rows")
     x = case.x(300)
-    assert case.error(x, case(x, Prefill(256, 1, 4, 3))) < 2e-3
-    assert case.error(x, case(x, Prefill(128, 1, 8, 3, "tokens"))) < 2e-3
+    assert case.error(x, case(x, Prefill(256, 1, 4, 3))) < 1
+    assert case.error(x, case(x, Prefill(128, 1, 8, 3, "tokens"))) < 1
     with pytest.raises(ValueError, match="multiples of 128 columns"):
         case(x, Prefill(128, 2, 5, 3))
 
@@ -142,13 +142,13 @@ def test_parts_are_added_the_same_way_each_time_in_memory_of_any_content(schedul
         for tokens in counts:
             x = case.x(tokens)
             first = case(x, schedule)
-            assert case.error(x, first) < 2e-3
+            assert case.error(x, first) < 1
             partials, counters = runtime._workspaces.get(case.layer.device, 1, 1)
             for _ in range(20):
                 partials.fill_(float("nan"))
                 assert same_bits(case(x, schedule), first), tokens
                 assert not counters.any()
-        assert parts_of(case, schedule) > 100
+        assert parts_of(case, schedule) > 32
 
 
 @pytest.mark.parametrize("schedule", SPLIT, ids=str)
@@ -158,7 +158,7 @@ def test_a_layer_of_a_model_is_cut_where_that_pays(schedule: Prefill, monkeypatc
     for tokens in (128, 512):
         x = case.x(tokens)
         y = case(x, schedule)
-        assert case.error(x, y) < 2e-3
+        assert case.error(x, y) < 1
         assert all(same_bits(case(x, schedule), y) for _ in range(20))
     assert parts_of(case, schedule) > 50
 
@@ -184,7 +184,7 @@ def test_graphs_and_streams(schedule: Prefill) -> None:
         x.normal_()
     graph.replay()
     torch.cuda.synchronize()
-    assert all(c.error(x, y) < 2e-3 for c, x, y in zip(cases, xs, captured[-2:], strict=True))
+    assert all(c.error(x, y) < 1 for c, x, y in zip(cases, xs, captured[-2:], strict=True))
 
 
 def test_a_new_number_of_token_tiles_inside_a_capture_says_so() -> None:
@@ -193,7 +193,7 @@ def test_a_new_number_of_token_tiles_inside_a_capture_says_so() -> None:
     x, y = case.x(257), torch.empty(257, 256, device="cuda", dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match="first time inside a CUDA graph capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         case.layer.run(y, x, case.slabs.values, case.slabs.metadata, case.bias, schedule=schedule)
-    assert case.error(x, case(x, schedule)) < 2e-3
+    assert case.error(x, case(x, schedule)) < 1
 
 
 @pytest.mark.parametrize(("rows", "schedule"), ALL)
@@ -204,7 +204,7 @@ def test_padding_of_x_is_never_multiplied_and_nothing_is_written_beside_y(rows: 
     x.normal_()
     out = torch.full((140, 4 * rows - 24), 7.0, device="cuda", dtype=torch.bfloat16)
     case.layer.run(out[3:135], x, case.slabs.values, case.slabs.metadata, case.bias, schedule=schedule)
-    assert case.error(x, out[3:135]) < 2e-3
+    assert case.error(x, out[3:135]) < 1
     assert bool((out[:3] == 7).all() & (out[135:] == 7).all())
 
 
@@ -217,7 +217,7 @@ def test_any_map_shape_and_tokens(batch: int, data: st.DataObject) -> None:
     m, k = (size + -size % 8 for size in tile_map.shape)
     grid = TileMap.grid_of((m, k), tile_map.tile)
     tile_map = TileMap((m, k), tile_map.tile, tile_map.kinds[: grid[0], : grid[1]])
-    seed, dtype = data.draw(st.integers(0, 2**31)), data.draw(st.sampled_from(list(TOLERANCE)))
+    seed, dtype = data.draw(st.integers(0, 2**31)), data.draw(st.sampled_from(DTYPES))
     tokens, schedule = data.draw(st.integers(1, 900)), data.draw(st.sampled_from(SCHEDULES[rows]))
     if schedule.group == 2 and not slab_map(tile_map).in_pairs:
         return
@@ -229,5 +229,4 @@ def test_any_map_shape_and_tokens(batch: int, data: st.DataObject) -> None:
     y = torch.full((tokens, m), float("nan"), device="cuda", dtype=dtype)
     layer.run(y, x, slabs.values, slabs.metadata, None, schedule=schedule)
     reference = x.double() @ torch.where(mask.keep("cuda"), weight, 0).double().T
-    bound = TOLERANCE[dtype] if y.numel() > 256 else 1.02 * torch.finfo(dtype).eps / 2
-    assert relative_error(y, reference) < bound
+    assert rounded_error(y, reference) < 1

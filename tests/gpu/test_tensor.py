@@ -17,8 +17,8 @@ from codegen.runtime import Layer
 from codegen.tensor_schedule import TENSOR_TILES, TensorPrefill, tensor_schedules
 from patch_compiler import HardMask, TileKind, TileMap, pack
 
-from ..strategies import random_hard_mask, random_weight, relative_error, same_bits, tile_maps
-from .test_decode import SHAPES, TOLERANCE, Case
+from ..strategies import random_hard_mask, random_weight, rounded_error, same_bits, tile_maps
+from .test_decode import DTYPES, SHAPES, Case
 
 pytestmark = pytest.mark.gpu
 # the smallest ring, so that each of them runs on every GPU
@@ -45,18 +45,18 @@ def test_the_smallest(rows: int, schedule: TensorPrefill) -> None:
             case = Case(random_hard_mask(shape, (rows, 128)), torch.bfloat16, "fragments", bias)
             x = case.x(tokens)
             error = case.error(x, case(x, schedule))
-            assert error < TOLERANCE[torch.bfloat16], (shape, tokens, bias, error)
+            assert error < 1, (shape, tokens, bias, error)
 
 
 @pytest.mark.parametrize("tile", [(128, 128), (64, 64), (128, 64), (64, 128)])
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("schedule", ALL)
 def test_against_float64(schedule: TensorPrefill, dtype: torch.dtype, tile: tuple[int, int]) -> None:
     for number, shape in enumerate(SHAPES):
         case = Case(random_hard_mask(shape, tile), dtype, "fragments", bias=number % 2 == 0)
         for tokens in (1, 33, 64, 127, 300, 2048):
             x = case.x(tokens)
-            assert case.error(x, case(x, schedule)) < TOLERANCE[dtype], (shape, tokens)
+            assert case.error(x, case(x, schedule)) < 1, (shape, tokens)
 
 
 @pytest.mark.parametrize("schedule", ALL)
@@ -72,7 +72,7 @@ def test_uniform_maps_and_empty_panels(kinds: tuple[TileKind, ...], schedule: Te
     for tokens in (16, 700):
         x = case.x(tokens)
         y = case(x, schedule)
-        assert case.error(x, y) < 2e-3
+        assert case.error(x, y) < 1
         assert torch.equal(y[:, 3 * 128 : 4 * 128], case.bias[3 * 128 : 4 * 128].expand(tokens, -1))
 
 
@@ -90,8 +90,7 @@ def test_rows_of_y_that_are_not_aligned(shape: tuple[int, int]) -> None:
     for tokens in (65, 257):
         x = case.x(tokens)
         for s in (TensorPrefill(128, 8, 3), TensorPrefill(64, 4, 2, split=True)):
-            # of few values each may be rounded by half a unit in the last place
-            assert case.error(x, case(x, s)) < 4e-3
+            assert case.error(x, case(x, s)) < 1
 
 
 def test_every_schedule_gives_the_same_bits_each_time() -> None:
@@ -105,7 +104,7 @@ def test_every_schedule_gives_the_same_bits_each_time() -> None:
             for shorter in {s.stages, max(2, s.stages - 1)}:
                 s = replace(s, stages=shorter)
                 y = case(x, s)
-                assert case.error(x, y) < 2e-3, s
+                assert case.error(x, y) < 1, s
                 assert all(same_bits(case(x, s), y) for _ in range(4)), s
 
 
@@ -141,7 +140,7 @@ def test_graphs_streams_and_shared_scratch() -> None:
         x.normal_()
     graph.replay()
     torch.cuda.synchronize()
-    assert all(c.error(x, y) < 2e-3 for c, x, y in zip(cases, xs, captured[-2:], strict=True))
+    assert all(c.error(x, y) < 1 for c, x, y in zip(cases, xs, captured[-2:], strict=True))
 
 
 def test_first_use_inside_a_capture_says_so() -> None:
@@ -150,7 +149,7 @@ def test_first_use_inside_a_capture_says_so() -> None:
     y = torch.empty(200, 256, device="cuda", dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match="first time inside a CUDA graph capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         case.layer.run(y, x, case.slabs.values, case.slabs.metadata, None, schedule=s)
-    assert case.error(x, case(x, s)) < 2e-3
+    assert case.error(x, case(x, s)) < 1
 
 
 @pytest.mark.parametrize("batch", range(4))  # one for each of several processes
@@ -161,7 +160,7 @@ def test_any_map_shape_and_tokens(batch: int, data: st.DataObject) -> None:
     m, k = tile_map.shape
     k += -k % 8  # what cp.async needs; the rest stays canonical
     tile_map = TileMap((m, k), tile_map.tile, tile_map.kinds)
-    seed, dtype = data.draw(st.integers(0, 2**31)), data.draw(st.sampled_from(list(TOLERANCE)))
+    seed, dtype = data.draw(st.integers(0, 2**31)), data.draw(st.sampled_from(DTYPES))
     tokens, schedule = data.draw(st.integers(1, 600)), data.draw(st.sampled_from([p.values[0] for p in ALL]))
     mask = HardMask.select(tile_map, torch.rand((m, k), generator=torch.Generator().manual_seed(seed)))
     weight = random_weight((m, k), dtype, seed).cuda()
@@ -171,9 +170,7 @@ def test_any_map_shape_and_tokens(batch: int, data: st.DataObject) -> None:
     y = torch.full((tokens, m), float("nan"), device="cuda", dtype=dtype)
     layer.run(y, x, slabs.values, slabs.metadata, None, schedule=schedule)
     reference = x.double() @ torch.where(mask.keep("cuda"), weight, 0).double().T
-    # of few values each may be rounded by half a unit in the last place; of many the mean counts
-    bound = TOLERANCE[dtype] if y.numel() > 256 else 1.02 * torch.finfo(dtype).eps / 2
-    assert relative_error(y, reference) < bound
+    assert rounded_error(y, reference) < 1
 
 
 @pytest.mark.parametrize("schedule", ALL)
@@ -185,7 +182,7 @@ def test_padding_of_x_is_never_multiplied(schedule: TensorPrefill) -> None:
     storage[5:132:7, 0] = float("inf")  # what follows the end of a row is the next token's
     x = storage[1:132]
     finite = x.isfinite().all(1)
-    assert case.error(x[finite], case(x, schedule)[finite]) < 2e-3
+    assert case.error(x[finite], case(x, schedule)[finite]) < 1
 
 
 def test_compiled_ahead_is_compiled(tmp_path, monkeypatch) -> None:
