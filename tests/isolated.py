@@ -26,8 +26,10 @@ def run_python(code: str, *, without: Sequence[str] = (), prefix: Sequence[str] 
 
     without: packages that cannot be imported there. prefix: a command that runs it. environment: variables to set.
     """
+    if without:
+        code = _WITHOUT.format(names=tuple(without)) + code
     result = subprocess.run(
-        [*prefix, sys.executable, "-X", "faulthandler", "-c", (_WITHOUT.format(names=tuple(without)) if without else "") + code],
+        [*prefix, sys.executable, "-X", "faulthandler", "-c", code],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **environment},
         capture_output=True, text=True, timeout=280,
     )  # fmt: skip
