@@ -58,7 +58,7 @@ def test_every_schedule_that_can(tile: tuple[int, int], dtype: torch.dtype) -> N
                     assert error(case, x, y) < 1.5, (shape, s, rows)
                     assert all(same_bits(gated(case, x, s), y) for _ in range(3)), (shape, s, rows)
                 tried += 1
-    assert tried > 30
+    assert tried > 20
 
 
 def test_empty_panels_of_either() -> None:
