@@ -33,8 +33,8 @@ def _may_end_gated(merged: Merged) -> bool:
     (gate, up), rows = merged.members, merged.tile_map.tile[0]
     if gate.layout != "rows" or gate.shape != up.shape or gate.shape[0] % rows:
         return False
-    biases = [(operands(m.node)[1], m.shape[0]) for m in merged.members]
-    return all(bias is None or is_inside(bias, size) for bias, size in biases)
+    biases = [(operands(m.node)[1], m) for m in merged.members]
+    return all(bias is None or (is_inside(bias, m.shape[0]) and _dtype(bias) == m.dtype) for bias, m in biases)
 
 
 def _product(merged: Merged) -> fx.Node | None:
@@ -51,11 +51,15 @@ def _product(merged: Merged) -> fx.Node | None:
     )
     if not plain or set(product.args) != {silu, up} or product.kwargs:
         return None
-    examples = [n.meta.get("example_value") for n in (operands(gate)[0], gate, up, silu, product)]
     dtype = merged.members[0].dtype  # another one means autocast
-    if not all(isinstance(e, Tensor) and e.dtype == dtype for e in examples) or examples[-1].requires_grad:  # type: ignore[union-attr]
+    if any(_dtype(n) != dtype for n in (operands(gate)[0], gate, up, silu, product)):
         return None
-    return product
+    return None if product.meta["example_value"].requires_grad else product
+
+
+def _dtype(node: fx.Node) -> torch.dtype | None:
+    example = node.meta.get("example_value")
+    return example.dtype if isinstance(example, Tensor) else None
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

@@ -118,6 +118,31 @@ def test_a_bias_made_in_the_graph_is_added_outside(graphs) -> None:  # noqa: F81
     assert "gated_linear" not in targets(graphs[0])
 
 
+@pytest.mark.parametrize("wide", [["gate_proj"], ["up_proj"], ["gate_proj", "up_proj"]])
+@pytest.mark.parametrize("form", FORMS)
+def test_biases_that_autocast_makes_narrow_are_left_apart(form: str, wide: list[str], graphs) -> None:  # noqa: F811
+    """F.linear casts them, the operator of a gated launch does not."""
+    block = make(form, FUSED["usual"], bias=True)
+    for name in wide:
+        projection = block.get_submodule(name)
+        projection.bias = nn.Parameter(projection.bias.float())
+    t = x()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = compiled(block)(t)
+    right(y, block, t)
+    assert targets(graphs[0]) == ["linear"]
+
+
+@pytest.mark.parametrize("only", ["gate_proj", "up_proj"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_bias_of_one_of_both(form: str, only: str, graphs) -> None:  # noqa: F811
+    block = make(form, FUSED["usual"], bias=True)
+    block.get_submodule(only).bias = None
+    t = x()
+    right(compiled(block)(t), block, t)
+    assert targets(graphs[0]) == ["gated_linear"]
+
+
 def test_a_changed_weight_is_noticed_inside_too(graphs) -> None:  # noqa: F811
     block = make("attached", FUSED["usual"])
     fast, t = compiled(block), x()
