@@ -33,7 +33,7 @@ from codegen.emit import Specialisation
 from codegen.formats.slab_map import slab_map
 from codegen.gpu import GpuSpec, gpu_here
 from codegen.measure import COLD_BYTES, measure
-from codegen.prefill_schedule import TURNS, Prefill, prefill_schedules
+from codegen.prefill_schedule import Prefill, prefill_schedules
 from codegen.problem import Problem
 from patch_compiler.provenance import provenance, write_results
 from patch_compiler.text_table import table
@@ -56,9 +56,8 @@ CUSPARSELT_TARGET = 1.0
 
 
 def schedules_of(case: Case, gpu: GpuSpec, rings: bool) -> list[Prefill]:
-    """With rings all worth a thought, else of each geometry and cluster the first with rings of three slabs."""
-    problem = Problem(case.tile_map.shape, "bfloat16", slab_map(case.tile_map))
-    return [s for s in prefill_schedules(problem, gpu) if rings or (s.w_stages, s.turn) == (3, TURNS[0])]
+    """All worth a thought; without rings one of each geometry and cluster, split and not."""
+    return list(prefill_schedules(Problem(case.tile_map.shape, "bfloat16", slab_map(case.tile_map)), gpu, rings))
 
 
 def clock_mhz(calls: Calls) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -35,7 +35,7 @@ class GpuSpec:
     triton: str = ""
     l2_bytes: int = 40_000_000
 
-    @property
+    @cached_property
     def runs_hopper(self) -> bool:
         """Whether the hopper family runs: wgmma.sp needs sm_90a, its operands need Triton 3.9."""
         return self.capability == 90 and tuple(int(p) for p in self.triton.split(".")[:2]) >= (3, 9)

@@ -113,14 +113,17 @@ class Prefill:
         return None
 
 
-def prefill_schedules(problem: Problem, gpu: GpuSpec) -> Iterator[Prefill]:
-    """Every legal one worth a thought: rings that fill the shared memory, smaller turns where they give it to a ring."""
+def prefill_schedules(problem: Problem, gpu: GpuSpec, all_rings: bool = True) -> Iterator[Prefill]:
+    """Every legal one worth a thought: rings that fill the shared memory, smaller turns where they give it to a ring.
+
+    all_rings: every division of the memory among them; else of each geometry and cluster one, with three slabs of a panel.
+    """
     for tokens in PREFILL_TILES:
         for panels in (1, 2):
             for cluster in CLUSTERS:
-                for w_stages in (2, 3, 4):
+                for w_stages in (2, 3, 4) if all_rings else (3,):
                     most = 2
-                    for turn in TURNS:
+                    for turn in TURNS if all_rings else TURNS[:1]:
                         rings = (Prefill(tokens, panels, x, w_stages, cluster, turn=turn) for x in range(10, most, -1))
                         for schedule in islice((s for s in rings if s.why_illegal(problem, gpu) is None), 1):
                             most = schedule.x_stages
@@ -129,9 +132,9 @@ def prefill_schedules(problem: Problem, gpu: GpuSpec) -> Iterator[Prefill]:
 
 
 def prefill_candidates(problem: Problem, gpu: GpuSpec, tokens: int) -> Iterator[Prefill]:
-    """Those that dispatch chooses from for this many tokens: other divisions of the rings are for autotune."""
+    """Those that dispatch chooses from for this many tokens."""
     if tokens < _LEAST_TOKENS:
         return
-    for schedule in prefill_schedules(problem, gpu):
-        if (schedule.w_stages, schedule.turn) == (3, TURNS[0]) and not (schedule.split and tokens > _MOST_SPLIT_TOKENS):
+    for schedule in prefill_schedules(problem, gpu, all_rings=False):
+        if not (schedule.split and tokens > _MOST_SPLIT_TOKENS):
             yield replace(schedule, early_start=True)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from codegen.decode_schedule import MOST_STAGES, TOKEN_TILES, Decode
 from codegen.formats.slab_map import slab_map
 from codegen.gpu import KEYS, GpuSpec, gpu_spec, this_gpu
-from codegen.prefill_schedule import Prefill, prefill_schedules
+from codegen.prefill_schedule import TURNS, Prefill, prefill_schedules
 from codegen.problem import Problem
 from codegen.schedule import REGIMES, Fused, Gemm, Reference, legal_schedules
 from codegen.tensor_schedule import TENSOR_STAGES, TENSOR_TILES, TensorPrefill, tensor_schedules
@@ -140,9 +140,24 @@ def test_prefill_schedules_are_legal_and_fill_the_memory() -> None:
         assert {s for s in found if s.split} == {replace(s, split=True) for s in found if not s.split}
         chosen_from = [s for s in legal_schedules(problem(rows), gpu, 4096) if isinstance(s, Prefill)]
         assert {(s.tokens, s.panels, s.cluster) for s in chosen_from} == {(s.tokens, s.panels, s.cluster) for s in found}
-        assert len(chosen_from) < len(found)
+        assert {replace(s, early_start=False) for s in chosen_from} == {
+            s for s in found if (s.w_stages, s.turn) == (3, TURNS[0]) and not s.split
+        }
         assert not any(isinstance(s, Prefill) for s in legal_schedules(problem(rows), gpu, 64))
     assert not list(prefill_schedules(problem(), gpu_spec("a100", "3.9.0")))
+
+
+def test_choosing_looks_at_few_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every number of tokens that comes up for the first time asks every layer of a model."""
+    asked, legal = [], Prefill.why_illegal
+
+    def why_illegal(self: Prefill, problem: Problem, gpu: GpuSpec) -> str | None:
+        asked.append(self)
+        return legal(self, problem, gpu)
+
+    monkeypatch.setattr(Prefill, "why_illegal", why_illegal)
+    list(legal_schedules(problem(), gpu_spec("h100", "3.9.0"), 777))
+    assert 0 < len(asked) < 100
 
 
 def test_panels_share_blocks_only_where_the_tiles_let_them() -> None:
