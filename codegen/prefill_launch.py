@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +11,23 @@ import torch
 from torch import Tensor
 
 from codegen import emit
+from codegen.descriptors import Divided, describe, describe_weights
 from codegen.gpu import GpuSpec
 from codegen.prefill_cost import item_cost
 from codegen.prefill_plan import deal, program
-from codegen.prefill_schedule import Prefill
+from codegen.prefill_schedule import Cluster, Prefill
 from codegen.prefill_split import share
 from codegen.problem import Problem
-from codegen.workspace import Workspace
+from codegen.workspace import Workspace, read_here
+
+_MOST_WORKS = 64  # of one layer: a server sees many different T
+_MOST_TILES = 0x7FFF  # of tokens in one launch: a word of the list of items has 15 bits for them
+# X, weights and Y among the CTAs of a cluster
+_DIVIDED: dict[Cluster, tuple[Divided, Divided, Divided]] = {
+    "": ((), (), ()),
+    "tokens": (((1, 0),), ((0, 0),), ((1, 0),)),
+    "panels": (((0, 0),), ((0, 0),), ((0, 1),)),
+}
 
 
 @dataclass(frozen=True)
@@ -29,8 +40,8 @@ class _Work:
 
 
 class PrefillLaunch:
-    """One schedule's launches of one layer. Lists of items are made for each number of token tiles that it meets, and kept:
-    captured graphs may point to them.
+    """One schedule's launches of one layer. Lists of items are made for each number of token tiles that it meets. Those used
+    last are kept, and all that captured graphs point to.
 
     to_device: brings a table there to stay, or says why it cannot now. workspace: at least so many partial sums and counters
     for a launch on the current stream. made_for: a line for the emitted module.
@@ -46,7 +57,10 @@ class PrefillLaunch:
         self._cost = item_cost(schedule, problem.slabs, gpu)
         self._groups = program(problem.slabs, schedule.group, self._cost, apart=schedule.panel_ctas == 2)
         self._program = to_device(self._groups.table)
-        self._works: dict[int, _Work] = {}
+        self._width = schedule.tokens * schedule.token_ctas
+        self._works: dict[int, _Work] = {}  # by number of token tiles, the one used last is the last
+        self._captured: set[int] = set()
+        self._lock = threading.Lock()
         self._jit = emit.kernel(emit.Specialisation(schedule, self.rows, problem.dtype, problem.bias), made_for)
         self._options: dict[str, Any] = {"num_warps": 4}
         if schedule.cluster:
@@ -56,6 +70,11 @@ class PrefillLaunch:
 
     def __call__(self, y: Tensor, x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None) -> None:
         """As `Layer.run`."""
+        most = _MOST_TILES * self._width
+        if x.shape[0] > most:
+            for some, outputs in zip(x.split(most), y.split(most), strict=True):
+                self(outputs, some, values, metadata, bias)
+            return
         if x.data_ptr() % 16:
             x = x.clone()
         out = torch.empty_like(y) if y.data_ptr() % 16 else y  # TMA writes to multiples of 16 bytes
@@ -70,38 +89,30 @@ class PrefillLaunch:
             y.copy_(out)
 
     def _work_for(self, tokens: int) -> _Work:
-        s = self.schedule
-        width = s.tokens * s.token_ctas
-        tiles, workers, inputs = -(-tokens // width), self.gpu.sms // s.ctas, self.problem.shape[1]
-        found = self._works.get(tiles)
-        if found is None:
-            if s.split:
-                shares = share(self._groups, self._cost, tiles, workers, tokens=width, in_features=inputs)
-                found = _Work(self._to_device(shares.headers), self._to_device(shares.items), shares.parts)
-            else:
-                table, _ = deal(self._groups.costs, tiles, workers, tokens=width, in_features=inputs)
-                found = _Work(self._program, self._to_device(table), 0)
-            self._works[tiles] = found
+        tiles = -(-tokens // self._width)
+        with self._lock:
+            found = self._works.pop(tiles, None) or self._make(tiles)
+            self._works[tiles] = found  # the one used last is the last
+            if read_here(found.headers, found.items):
+                self._captured.add(tiles)
+            elif len(self._works) - len(self._captured) > _MOST_WORKS:
+                del self._works[next(t for t in self._works if t not in self._captured)]
         return found
 
+    def _make(self, tiles: int) -> _Work:
+        workers, inputs = self.gpu.sms // self.schedule.ctas, self.problem.shape[1]
+        if self.schedule.split:
+            shares = share(self._groups, self._cost, tiles, workers, tokens=self._width, in_features=inputs)
+            return _Work(self._to_device(shares.headers), self._to_device(shares.items), shares.parts)
+        table, _ = deal(self._groups.costs, tiles, workers, tokens=self._width, in_features=inputs)
+        return _Work(self._program, self._to_device(table), 0)
+
     def _descriptors(self, x: Tensor, values: Tensor, metadata: Tensor, y: Tensor) -> tuple[Any, ...]:
-        from triton.experimental.gluon import language as gl
-        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
         s, rows = self.schedule, self.rows
-        # which dimension of a tensor the CTAs of a cluster divide among them; [0, 0]: both have all of it
-        divided = {"": ([], [], []), "tokens": ([[1, 0]], [[0, 0]], [[1, 0]]), "panels": ([[0, 0]], [[0, 0]], [[0, 1]])}
-        of_x, of_weights, of_y = divided[s.cluster]
-
-        def describe(t: Tensor, block: list[int], swizzle: int, split: list[list[int]]) -> Any:
-            layout = gl.NVMMASharedLayout(swizzle, t.element_size() * 8, 2, cga_layout=split)
-            return TensorDescriptor(t, list(t.shape), list(t.stride()), block, layout)
-
-        # TMA has no empty tensors. What stands for one is never read
-        values = values.view(-1, 64) if values.numel() else x.new_empty((rows, 64))
-        metadata = (metadata if metadata.numel() else values.view(torch.int32)).view(-1, 2 * rows)
+        of_x, of_weights, of_y = _DIVIDED[s.cluster]
         out = [s.out_tokens(rows) * s.token_ctas, s.height(rows) * s.panel_ctas]
         return (
-            describe(x, [s.tokens * s.token_ctas, 64], 128, of_x), describe(values, [rows, 64], 128, of_weights),
-            describe(metadata, [2, 2 * rows], 0, of_weights), describe(y, out, 128, of_y),
-        )  # fmt: skip
+            describe(x, [s.tokens * s.token_ctas, 64], 128, of_x),
+            *describe_weights(values, metadata, x, rows, rows, of_weights),
+            describe(y, out, 128, of_y),
+        )

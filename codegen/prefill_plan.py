@@ -170,8 +170,7 @@ def _together(slabs: SlabMap, group: tuple[int, int]) -> tuple[np.ndarray, list[
             slab[i, first // 2, first % 2] = own
     needed = (kinds > SKIP) | (np.arange(2) == 1) & (kinds[:, :, :1] == SPARSE)
     read = needed.any(0)
-    what = kinds.reshape(2, count, 2)
-    order = _spread(((what[0, :, 0] * 3 + what[0, :, 1]) * 3 + what[1, :, 0]) * 3 + what[1, :, 1])
+    order = _spread(((kinds[0, :, 0] * 3 + kinds[0, :, 1]) * 3 + kinds[1, :, 0]) * 3 + kinds[1, :, 1])
     order = order[read[order].any(1)]
     blocks = (order[:, None] * 2 + np.arange(2))[read[order]]
     jobs = []
@@ -195,9 +194,6 @@ def runs_of(kinds: np.ndarray) -> np.ndarray:
             words[-1] |= now << 10 * kind
             last, length = kind, length - now
     return np.array(words, dtype=np.int64)
-
-
-# ---- who does what
 
 
 def deal(costs: np.ndarray, tiles: int, workers: int, *, tokens: int, in_features: int) -> tuple[Tensor, np.ndarray]:

@@ -20,6 +20,7 @@ from triton.errors import TritonError
 
 from codegen import cost_model, emit, tuning
 from codegen.decode_schedule import Decode
+from codegen.descriptors import describe, describe_weights
 from codegen.formats.slab_map import SlabMap, slab_map
 from codegen.formats.slabs import Order
 from codegen.gpu import GpuSpec, this_gpu
@@ -159,7 +160,8 @@ class Layer:
             x = x.clone()
         grid = table.shape[0], tiles
         if s.family == "hopper":
-            launch.jit[grid](*_descriptors(x, values, metadata, s.tokens, rows, self.map.rows), *tail, **launch.options)
+            weights = describe_weights(values, metadata, x, rows, self.map.rows)
+            launch.jit[grid](describe(x, [s.tokens, 64], 128), *weights, *tail, **launch.options)
         else:
             launch.jit[grid](x, values.view(torch.int32), metadata, *tail, in_features, **launch.options)
 
@@ -227,21 +229,6 @@ def _is_of_compiler(error: Exception) -> bool:
     may be ours: other versions of Triton's language are refused at import.
     """
     return isinstance(error, TritonError) or (type(error) is RuntimeError and "PassManager" in str(error))
-
-
-def _descriptors(x: Tensor, values: Tensor, metadata: Tensor, tokens: int, rows: int, panel_rows: int) -> tuple[Any, Any, Any]:
-    """For TMA. rows: that one program computes, of a panel of panel_rows."""
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    def describe(t: Tensor, block: list[int], swizzle: int) -> Any:
-        layout = gl.NVMMASharedLayout(swizzle, t.element_size() * 8, 2)
-        return TensorDescriptor(t, list(t.shape), list(t.stride()), block, layout)
-
-    # TMA has no empty tensors. What stands for one is never read, so any memory will do; a fill would be a launch of its own
-    values = values.view(-1, 64) if values.numel() else x.new_empty((panel_rows, 64))
-    metadata = (metadata if metadata.numel() else values.view(torch.int32)).view(-1, 2 * panel_rows)
-    return describe(x, [tokens, 64], 128), describe(values, [rows, 64], 128), describe(metadata, [2, 2 * rows], 0)
 
 
 # ---- which Layer belongs to these tensors

@@ -33,6 +33,16 @@ def to_stay(make: Callable[[], T], device: torch.device) -> T:
         return thread.submit(work).result()
 
 
+def read_here(*tables: Tensor) -> bool:
+    """Tell the allocator that a launch on the current stream reads these: who drops them need not wait for it. Whether that is
+    not enough, because the launch is captured and its graph reads them whenever it is replayed."""
+    if torch.cuda.is_current_stream_capturing():
+        return True
+    for table in tables:
+        table.record_stream(torch.cuda.current_stream(table.device))
+    return False
+
+
 class Workspaces:
     """One workspace for each stream: kernels of one stream run one after the other.
 
