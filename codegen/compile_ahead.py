@@ -25,7 +25,7 @@ _PATIENCE = 150.0  # seconds; what is not compiled by then is compiled when it i
 
 def compile_all(kernels: Iterable[Specialisation]) -> None:
     """Emit and compile them all for the current GPU. What fails is printed, and fails again where it is run."""
-    wanted = [(plain_schedule(k.schedule), k.rows, k.dtype, k.bias) for k in dict.fromkeys(kernels)]
+    wanted = [(plain_schedule(k.schedule), k.rows, k.dtype, k.bias, k.gated) for k in dict.fromkeys(kernels)]
     workers = min(len(wanted), _WORKERS, len(os.sched_getaffinity(0)))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path), "OMP_NUM_THREADS": "1"}
     children: list[subprocess.Popen[str]] = []
@@ -53,10 +53,11 @@ def _compile(kernels: Iterable[Specialisation], device: torch.device) -> None:
         map_ = layer.map
         values = torch.zeros(map_.slabs, map_.rows, 64, dtype=dtype, device=device)
         metadata = torch.full((map_.sparse_slabs, 2, 2 * map_.rows), 0x44444444, dtype=torch.int32, device=device)
-        x, y = (torch.zeros(3, size, dtype=dtype, device=device) for _ in range(2))
+        x = torch.zeros(3, size, dtype=dtype, device=device)
+        y = torch.zeros(3, size // 2 if kernel.gated else size, dtype=dtype, device=device)
         bias = torch.zeros(size, dtype=dtype, device=device) if kernel.bias else None
         try:
-            layer.run(y, x, values, metadata, bias, schedule=kernel.schedule)
+            layer.run(y, x, values, metadata, bias, schedule=kernel.schedule, gated=kernel.gated)
             layer.dense(values, metadata)
             torch.cuda.synchronize()
         except Exception as error:
@@ -66,5 +67,5 @@ def _compile(kernels: Iterable[Specialisation], device: torch.device) -> None:
 if __name__ == "__main__":
     index, plain = json.loads(sys.argv[1])
     torch.cuda.set_device(index)
-    listed = [Specialisation(read_schedule(s), rows, dtype, bias) for s, rows, dtype, bias in plain]  # type: ignore[arg-type]
+    listed = [Specialisation(read_schedule(s), *rest) for s, *rest in plain]  # type: ignore[arg-type]
     _compile(listed, torch.device("cuda", index))
