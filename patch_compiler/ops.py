@@ -81,9 +81,10 @@ def _compute(
         triton = uses_triton(x.device, x.dtype)
         launch = reference.launch_triton if triton else reference.launch_torch
         whole = x.new_empty(rows.shape[0], out_features) if gated else out
-        launch(whole, rows, values, indices, kinds, panel_starts, bias, out_features, in_features, tile_rows, tile_columns)
-        if gated:
-            (silu_product.launch_triton if triton else silu_product.launch_torch)(out, whole)
+        with torch.cuda.device_of(x):  # where Triton launches
+            launch(whole, rows, values, indices, kinds, panel_starts, bias, out_features, in_features, tile_rows, tile_columns)
+            if gated:
+                (silu_product.launch_triton if triton else silu_product.launch_torch)(out, whole)
     else:
         shape, tile = (out_features, in_features), (tile_rows, tile_columns)
         layer = runtime.layer_of(values, kinds, shape, tile, _order(layout, x))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import library
 
+from codegen.kernels import reference
 from patch_compiler import PatchLinear, ops, pack
 
 from .strategies import random_hard_mask, relative_error
@@ -31,6 +34,34 @@ def test_opcheck(requires_grad: bool) -> None:
     library.opcheck(ops.linear, (x, *module.stored.tensors, module.bias, [], *sizes))
     grad = torch.randn(2, 3, 40)
     library.opcheck(torch.ops.patch.linear_dx.default, (grad, *module.stored.tensors, *sizes))
+
+
+def test_opcheck_of_a_gated_launch() -> None:
+    module = layer(m=64).requires_grad_(False)  # for inference only
+    sizes = (module.layout, module.out_features, module.in_features, *module.tile_map.tile)
+    for shape in ((2, 3, 44), (0, 44)):
+        operands = torch.randn(shape), *module.stored.tensors, module.bias, []
+        library.opcheck(torch.ops.patch.gated_linear.default, (*operands, *sizes))
+
+
+def test_the_reference_kernel_is_launched_on_the_device_of_x(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton takes the current device, which of a model on several GPUs is the first."""
+    module, x, entered = layer(), torch.randn(3, 44), []
+
+    @contextmanager
+    def device_of(tensor: torch.Tensor):
+        entered.append(tensor)
+        yield
+        entered.pop()
+
+    def launch(y: torch.Tensor, *arguments: object) -> None:
+        assert len(entered) == 1
+        assert entered[0] is x
+        y.zero_()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(reference, "launch_torch", launch)
+    assert not module(x).any()
 
 
 def test_gradients_reach_input_and_bias() -> None:
