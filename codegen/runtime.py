@@ -119,10 +119,12 @@ class Layer:
                         torch.mm(x, weight.t(), out=y[:, part])
                     else:
                         torch.addmm(bias[part], x, weight.t(), out=y[:, part])
-            elif isinstance(schedule, Decode):
-                self._launch(schedule, y, x, values, metadata, bias, gated)
-            elif isinstance(schedule, Prefill | TensorPrefill):
-                self._prefill(schedule, bias is not None)(y, x, values, metadata, bias)
+            elif isinstance(schedule, Fused):
+                x = x.clone() if x.data_ptr() % 16 else x  # kernels copy 16 bytes at a time
+                if isinstance(schedule, Decode):
+                    self._launch(schedule, y, x, values, metadata, bias, gated)
+                else:
+                    self._prefill(schedule, bias is not None)(y, x, values, metadata, bias)
             else:
                 raise ValueError(f"schedule {schedule}: the weight is held as slabs")
 
@@ -156,8 +158,6 @@ class Layer:
             y, y if bias is None else bias, partials, counters, table, table.shape[1], plan.stages_offset, plan.parts,
             plan.panels, tokens, out_features,
         )  # fmt: skip
-        if x.data_ptr() % 16:
-            x = x.clone()
         grid = table.shape[0], tiles
         if s.family == "hopper":
             weights = describe_weights(values, metadata, x, rows, self.map.rows)

@@ -208,6 +208,43 @@ def test_padding_of_x_is_never_multiplied_and_nothing_is_written_beside_y(rows: 
     assert bool((out[:3] == 7).all() & (out[135:] == 7).all())
 
 
+@pytest.mark.parametrize(("rows", "schedule"), ALL)
+def test_x_and_y_at_any_address(rows: int, schedule: Prefill) -> None:
+    """TMA wants multiples of 16 bytes."""
+    case = Case(random_hard_mask((4 * rows, 256), (rows, 128)), torch.bfloat16, "rows")
+    for of_x, of_y in ((1, 0), (0, 3), (5, 7)):
+        x = torch.randn(300 * 256 + 8, device="cuda").bfloat16()[of_x:][: 300 * 256].view(300, 256)
+        out = torch.full((300 * 4 * rows + 16,), 7.0, device="cuda", dtype=torch.bfloat16)
+        y = out[of_y:][: 300 * 4 * rows].view(300, 4 * rows)
+        case.layer.run(y, x, case.slabs.values, case.slabs.metadata, case.bias, schedule=schedule)
+        assert case.error(x, y) < 1
+        assert bool((out[:of_y] == 7).all() & (out[of_y + y.numel() :] == 7).all())
+
+
+def test_lists_of_many_numbers_of_tokens_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropped ones may still be read, on another stream too; those of a graph stay."""
+    monkeypatch.setattr(prefill_launch, "_MOST_WORKS", 2)
+    case, schedule = Case(random_hard_mask((2048, 1024), 128), torch.bfloat16, "rows"), Prefill(256, 1, 4, 3)
+    xs = [case.x(256 * n - 9) for n in range(1, 9)]
+    wanted = [case(x, schedule) for x in xs]
+    graph = torch.cuda.CUDAGraph()
+    case(xs[0], schedule)
+    with torch.cuda.graph(graph):
+        captured = case(xs[0], schedule)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    for _ in range(10):
+        with torch.cuda.stream(side):
+            found = [case(x, schedule) for x in xs]
+        taken = [torch.full((n,), -1, dtype=torch.int32, device="cuda") for n in (100, 300, 1000, 3000)]
+        captured.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(same_bits(y, w) for y, w in zip([captured, *found], [wanted[0], *wanted], strict=True))
+        del taken
+    assert len(case.layer._prefills[schedule, True]._works) == 3
+
+
 @pytest.mark.parametrize("batch", range(4))  # one for each of several processes
 @settings(max_examples=120, deadline=None)
 @given(data=st.data())
