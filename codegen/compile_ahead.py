@@ -47,21 +47,25 @@ def compile_all(kernels: Iterable[Specialisation]) -> None:
 def _compile(kernels: Iterable[Specialisation], device: torch.device) -> None:
     """Run each once on a tiny layer; the module and the binary are the same as a large one's."""
     for kernel in kernels:
-        dtype = getattr(torch, kernel.dtype)
-        size = 2 * kernel.rows
-        layer = Layer(scattered((size, size), 0.5, (kernel.rows, kernel.rows)), dtype, kernel.schedule.order, device)
-        map_ = layer.map
+        layer = _tiny(kernel, device)
+        (out_features, in_features), dtype, map_ = layer.tile_map.shape, layer.dtype, layer.map
         values = torch.zeros(map_.slabs, map_.rows, 64, dtype=dtype, device=device)
         metadata = torch.full((map_.sparse_slabs, 2, 2 * map_.rows), 0x44444444, dtype=torch.int32, device=device)
-        x = torch.zeros(3, size, dtype=dtype, device=device)
-        y = torch.zeros(3, size // 2 if kernel.gated else size, dtype=dtype, device=device)
-        bias = torch.zeros(size, dtype=dtype, device=device) if kernel.bias else None
+        x = torch.zeros(3, in_features, dtype=dtype, device=device)
+        y = torch.zeros(3, out_features // 2 if kernel.gated else out_features, dtype=dtype, device=device)
+        bias = torch.zeros(out_features, dtype=dtype, device=device) if kernel.bias else None
         try:
             layer.run(y, x, values, metadata, bias, schedule=kernel.schedule, gated=kernel.gated)
             layer.dense(values, metadata)
             torch.cuda.synchronize()
         except Exception as error:
             print(f"{kernel.schedule}: {' '.join(str(error).split())[:300]}", file=sys.stderr, flush=True)
+
+
+def _tiny(kernel: Specialisation, device: torch.device) -> Layer:
+    """Two panels, in tiles of 128 columns: some prefill schedules run no narrower ones."""
+    tile_map = scattered((2 * kernel.rows, 256), 0.5, (kernel.rows, 128))
+    return Layer(tile_map, getattr(torch, kernel.dtype), kernel.schedule.order, device)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a Layer hands to its launches, without a GPU."""
+"""What a Layer hands to its launches and which schedules it runs, without a GPU."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from codegen import runtime
+from codegen import compile_ahead, runtime
 from codegen.decode_schedule import Decode
+from codegen.emit import Specialisation
+from codegen.formats.slab_map import slab_map
 from codegen.gpu import gpu_spec
 from codegen.prefill_schedule import Prefill
-from codegen.schedule import Fused
+from codegen.problem import Problem
+from codegen.schedule import Fused, legal_schedules
 from codegen.tensor_schedule import TensorPrefill
 from patch_compiler import TileKind, TileMap
 
@@ -33,3 +36,18 @@ def test_kernels_get_x_at_a_multiple_of_16_bytes(schedule: Fused, offset: int, m
     assert there.data_ptr() % 16 == 0
     assert torch.equal(there, x)
     assert (there is x) == (offset % 8 == 0), "no copy without need"
+
+
+@pytest.mark.parametrize("rows", [64, 128])
+@pytest.mark.parametrize("gpu", ["h100", "a100", "l4"])
+def test_whatever_is_chosen_from_is_compiled_ahead(gpu: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = gpu_spec(gpu, "3.9.0")
+    monkeypatch.setattr(runtime, "this_gpu", lambda index: spec)
+    problem = Problem((4096, 4096), "float16", slab_map(TileMap.full((4096, 4096), TileKind.SPARSE24, (rows, 128))))
+    found = {s for tokens in (1, 16, 64, 512, 8192) for s in legal_schedules(problem, spec, tokens) if isinstance(s, Fused)}
+    assert len({s.family for s in found}) == 2
+    for schedule in found:
+        layer = compile_ahead._tiny(Specialisation(schedule, rows, "float16", bias=True), torch.device("cuda", 0))
+        assert schedule.why_illegal(layer.problem(bias=True), spec) is None, schedule
+        assert layer.order == schedule.order
+        assert layer.map.rows == rows
