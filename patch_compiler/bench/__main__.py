@@ -75,13 +75,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         made = variants(model, args.sparsity, args.dense)
         if not made:
             raise ValueError("--sparsity and --dense name nothing to measure")
+        came_packed = is_packed(model)
+        del model  # where only packed copies are measured, nothing else needs the dense weights
         work = Workload(args.batch, args.prompt, args.new, args.long_prompt)
         found = measure(made, work, args.rounds, lambda line: print(line, file=sys.stderr, flush=True))
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     note = "Weights random." if args.model in SIZES else "Weights of the model."
-    if is_packed(model):
+    if came_packed:
         note += " Dense variants are unpacked from it."
     else:
         note += " Packed copies: tile maps with the published allocation, the largest weights kept; not learned."

@@ -107,8 +107,14 @@ def measure(
                 long_decoder.reset()
                 seconds, _ = _seconds(partial(long_decoder.step, long_prompt), long_decoder.device)
                 runs.to_first_of_long.append(seconds)
-        progress(f"round {r + 1} of {rounds}")
+        so_far = "; ".join(f"{runs.variant.name}: {_so_far(runs, work.new - 1)}" for runs in found)
+        progress(f"round {r + 1} of {rounds}, ms so far: {so_far}")
     return found
+
+
+def _so_far(runs: Runs, steps: int) -> str:
+    first = f"first token {1e3 * statistics.median(runs.to_first_token):.2f}"
+    return f"step {1e3 * statistics.median(runs.decoding) / steps:.3f}, {first}" if steps else first
 
 
 def _time(runs: Runs, decoder: GreedyDecoder, prompt: Tensor, new: int) -> None:

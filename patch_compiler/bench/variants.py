@@ -66,7 +66,7 @@ def _location(source: str) -> str:
 
 def variants(model: nn.Module, sparsities: Sequence[float], dense: Sequence[str]) -> list[Variant]:
     """Of a packed model: itself and, unpacked, the dense ones. Of a dense one: packed copies with published maps' allocation,
-    each 2:4 tile keeping its largest weights. Dense variants share one copy of the weights."""
+    each 2:4 tile keeping its largest weights. What several hold unchanged is there once."""
     found = []
     if is_packed(model):
         unpacked = unpack(model)
@@ -103,7 +103,8 @@ def _linear(module: PatchLinear) -> nn.Linear:
 
 
 def _pruned(model: nn.Module, sparsity: float) -> nn.Module:
-    pruned = copy.deepcopy(model)
+    """Another model; what stays dense they share."""
+    pruned = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
     return convert(pruned, published_masks(pruned, sparsity))
 
 

@@ -21,6 +21,23 @@ pytestmark = pytest.mark.gpu
 WIDTHS = (1024, 1536, 576, 1024)  # 576 is no multiple of 128: ragged tiles
 
 
+LOAD_AND_RUN = "import torch; print(torch._inductor.aoti_load_package({file!r})(torch.ones(3, 64, device='cuda')).shape)"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _packages_load_here(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The control: a process that loads the package of a plain nn.Linear. Where that dies, ours says nothing about us."""
+    model, x = nn.Linear(64, 64).cuda().eval(), torch.ones(3, 64, device="cuda")
+    file = str(tmp_path_factory.mktemp("plain") / "plain.pt2")
+    with torch.no_grad():
+        file = torch._inductor.aoti_compile_and_package(torch.export.export(model, (x,)), package_path=file)
+    try:
+        run_python(LOAD_AND_RUN.format(file=file))
+    except AssertionError as error:
+        said = " ".join(str(error).split())[:300]
+        pytest.skip(f"AOTInductor's package of a plain nn.Linear does not load in a process of its own here: {said}")
+
+
 def packed(dtype: torch.dtype, device: str) -> nn.Sequential:
     layers = [nn.Linear(k, m) for k, m in itertools.pairwise(WIDTHS)]
     model = nn.Sequential(*layers).to(device, dtype).eval()
