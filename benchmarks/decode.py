@@ -40,14 +40,14 @@ from codegen.problem import Problem
 from patch_compiler.provenance import provenance, write_results
 from patch_compiler.tuning_targets import STANDARD
 
+from .case_arguments import add_case_arguments, check_case_arguments
 from .decode_bench import ROUNDS, TOLERANCE, Bench, Library, Point, WrongResult, ceilings, isolated
-from .decode_cases import MAPS, Case, cases
+from .decode_cases import Case, cases
 from .decode_summary import losses, summarise, summary_table
 from .results_file import results_file
 
 MODELS = tuple(STANDARD)
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
-SPARSITIES = (0, 25, 35, 45, 50)
 _MOST_FAILURES = 12  # of rows; then something is broken, not one schedule
 
 
@@ -122,18 +122,10 @@ def _say(text: str) -> None:
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="M", help=", ".join(MODELS))
-    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS), metavar="T")
-    parser.add_argument("--sparsity", nargs="+", type=int, default=list(SPARSITIES), metavar="PERCENT", help="0 to 50")
-    parser.add_argument("--maps", nargs="+", choices=MAPS, default=list(MAPS), metavar="MAP", help=", ".join(MAPS))
+    add_case_arguments(parser, "decode", MODELS, TOKENS)
     parser.add_argument("--unmerged", action="store_true", help="q, k, v, gate and up alone too")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="begin no measurement after this time")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/decode-<gpu>.json")
     args = parser.parse_args(argv)
-    if min(args.tokens) < 1:
-        parser.error(f"--tokens {min(args.tokens)}: at least 1")
-    if not all(0 <= s <= 50 for s in args.sparsity):
-        parser.error(f"--sparsity {args.sparsity}: percent from 0 to 50")
+    check_case_arguments(parser, args)
     if not cases(args.models[:1], args.sparsity, args.maps):
         parser.error("nothing to time: at 0 and 50 % there is no learned map")
     return args

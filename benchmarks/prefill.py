@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,14 +37,14 @@ from codegen.problem import Problem
 from patch_compiler.provenance import provenance, write_results
 from patch_compiler.text_table import table
 
+from .case_arguments import add_case_arguments, check_case_arguments
 from .decode_bench import TOLERANCE, Bench, Calls, Library, WrongResult, normal, product
-from .decode_cases import MAPS, Case, cases
+from .decode_cases import Case, cases
 from .decode_summary import geomean
 from .results_file import results_file
 
 MODELS = ("llama-2-7b", "llama-3.1-8b")
 TOKENS = (128, 256, 512, 1024, 2048, 4096, 8192)
-SPARSITIES = (0, 25, 35, 45, 50)
 QUICK: dict[str, Any] = {"models": ["llama-2-7b"], "tokens": [512, 2048, 8192], "sparsity": [0, 45, 50], "maps": ["random"]}
 MOST_DECODE_TOKENS = 512
 MOST_SPLIT_TOKENS = 2048  # more have items enough for all SMs
@@ -184,20 +183,12 @@ def _say(text: str) -> None:
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.prefill", description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="a minute's worth: one model, few T and sparsities, few rounds")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="M", help=", ".join(MODELS))
-    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS), metavar="T")
-    parser.add_argument("--sparsity", nargs="+", type=int, default=list(SPARSITIES), metavar="PERCENT", help="0 to 50")
-    parser.add_argument("--maps", nargs="+", choices=MAPS, default=list(MAPS), metavar="MAP", help=", ".join(MAPS))
+    add_case_arguments(parser, "prefill", MODELS, TOKENS)
     parser.add_argument("--rings", action="store_true", help="every division of the shared memory among the rings")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="begin no measurement after this time")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/prefill-<gpu>.json")
     if "--quick" in argv:
         parser.set_defaults(**QUICK)
     args = parser.parse_args(argv)
-    if min(args.tokens) < 1:
-        parser.error(f"--tokens {min(args.tokens)}: at least 1")
-    if not all(0 <= s <= 50 for s in args.sparsity):
-        parser.error(f"--sparsity {args.sparsity}: percent from 0 to 50")
+    check_case_arguments(parser, args)
     return args
 
 

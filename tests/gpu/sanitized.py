@@ -17,7 +17,8 @@ from codegen.tensor_schedule import TENSOR_TILES, TensorPrefill
 from tests.strategies import random_hard_mask
 
 from . import test_gated
-from .test_decode import ORDER, Case
+from .case import Case
+from .test_decode import ORDER
 from .test_prefill import SCHEDULES, cut_everywhere
 
 

@@ -7,25 +7,21 @@ from typing import get_args
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from codegen.compile_ahead import compile_all
 from codegen.decode_schedule import TOKEN_TILES, Decode
 from codegen.emit import Specialisation
-from codegen.formats.slabs import Order, Slabs, to_slabs
+from codegen.formats.slabs import Order
 from codegen.gpu import this_gpu
-from codegen.runtime import Layer
-from codegen.schedule import Gemm, Schedule
-from patch_compiler import HardMask, TileKind, TileMap, pack
+from codegen.schedule import Gemm
+from patch_compiler import HardMask, TileKind, TileMap
 
-from ..strategies import random_hard_mask, random_weight, rounded_error, same_bits, tile_maps
+from ..strategies import random_hard_mask, same_bits, tile_maps
+from .case import DTYPES, SHAPES, Case, check_hostile_values, check_in_a_graph_and_on_another_stream
 
 pytestmark = pytest.mark.gpu
-DTYPES = [torch.bfloat16, torch.float16]
-SHAPES = [(128, 128), (576, 576), (192, 576), (1536, 576), (1000, 1000), (64, 4096), (4096, 512)]
 
 
 @pytest.fixture(scope="module", params=["stream", "hopper"])
@@ -36,32 +32,6 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 ORDER: dict[str, Order] = {"hopper": "rows", "stream": "fragments"}
-
-
-class Case:
-    """A weight on the GPU as slabs, its dense float64 self, and a call that poisons the output first."""
-
-    def __init__(self, mask: HardMask, dtype: torch.dtype, order: Order, bias: bool = True) -> None:
-        m, k = mask.tile_map.shape
-        weight = (torch.randn(m, k, device="cuda") * k**-0.5).to(dtype)
-        self.slabs: Slabs = to_slabs(pack(weight, mask), order)
-        self.weight = torch.where(mask.keep("cuda"), weight, 0).double()
-        self.bias = torch.randn(m, device="cuda").to(dtype) if bias else None
-        self.layer = Layer(mask.tile_map, dtype, order, torch.device("cuda", 0))
-        self.dtype = dtype
-
-    def x(self, tokens: int) -> Tensor:
-        return torch.randn(tokens, self.weight.shape[1], device="cuda").to(self.dtype)
-
-    def __call__(self, x: Tensor, schedule: Schedule | None = None) -> Tensor:
-        y = torch.full((x.shape[0], self.weight.shape[0]), float("nan"), device="cuda", dtype=self.dtype)
-        self.layer.run(y, x, self.slabs.values, self.slabs.metadata, self.bias, schedule=schedule)
-        return y
-
-    def error(self, x: Tensor, y: Tensor) -> float:
-        """As a share of what one rounding of the outputs explains."""
-        bias = None if self.bias is None else self.bias.double()
-        return rounded_error(y, F.linear(x.double(), self.weight, bias))
 
 
 def schedule(family: str, tokens: int, stages: int = 4, **changes) -> Decode:
@@ -120,28 +90,7 @@ def test_every_schedule_gives_the_same_bits_each_time(family: str) -> None:
 
 
 def test_graphs_streams_and_shared_scratch(family: str) -> None:
-    """Two layers of different size use one workspace, in a graph and on another stream at the same time."""
-    cases = [Case(random_hard_mask(s, 128), torch.bfloat16, ORDER[family]) for s in ((4096, 1024), (640, 4096))]
-    s = schedule(family, 16)
-    xs = [c.x(13) for c in cases]
-    wanted = [c(x, s) for c, x in zip(cases, xs, strict=True)]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = [c(x, s) for _ in range(3) for c, x in zip(cases, xs, strict=True)]
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    for _ in range(20):
-        graph.replay()
-        with torch.cuda.stream(side):
-            beside = [c(x, s) for c, x in zip(cases, xs, strict=True)]
-        torch.cuda.synchronize()
-        assert all(same_bits(y, w) for y, w in zip(beside, wanted, strict=True))
-        assert all(same_bits(y, wanted[i % 2]) for i, y in enumerate(captured))
-    for x in xs:
-        x.normal_()
-    graph.replay()
-    torch.cuda.synchronize()
-    assert all(c.error(x, y) < 1 for c, x, y in zip(cases, xs, captured[-2:], strict=True))
+    check_in_a_graph_and_on_another_stream(ORDER[family], schedule(family, 16), 13)
 
 
 def test_first_use_inside_a_capture_says_so(family: str) -> None:
@@ -174,15 +123,7 @@ def test_any_map_shape_and_tokens(family: str, batch: int, data: st.DataObject) 
     tile_map = TileMap((m, k), tile_map.tile, tile_map.kinds[:, : TileMap.grid_of((m, k), tile_map.tile)[1]])
     seed, dtype = data.draw(st.integers(0, 2**31)), data.draw(st.sampled_from(DTYPES))
     tokens, tile = data.draw(st.integers(1, 70)), data.draw(st.sampled_from((8, 16, 32, 64)))
-    mask = HardMask.select(tile_map, torch.rand((m, k), generator=torch.Generator().manual_seed(seed)))
-    weight = random_weight((m, k), dtype, seed).cuda()
-    slabs = to_slabs(pack(weight, mask), ORDER[family])
-    layer = Layer(tile_map, dtype, ORDER[family], torch.device("cuda", 0))
-    x = random_weight((tokens, k), dtype, seed + 1).cuda()
-    y = torch.full((tokens, m), float("nan"), device="cuda", dtype=dtype)
-    layer.run(y, x, slabs.values, slabs.metadata, None, schedule=schedule(family, tile))
-    reference = x.double() @ torch.where(mask.keep("cuda"), weight, 0).double().T
-    assert rounded_error(y, reference) < 1
+    check_hostile_values(tile_map, dtype, seed, tokens, ORDER[family], schedule(family, tile))
 
 
 def test_padding_of_x_is_never_multiplied(family: str) -> None:

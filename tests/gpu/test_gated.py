@@ -15,7 +15,8 @@ from codegen.schedule import Gemm, Schedule
 from patch_compiler import HardMask, TileKind, TileMap
 
 from ..strategies import random_hard_mask, rounded_error, same_bits
-from .test_decode import DTYPES, Case, schedule
+from .case import DTYPES, Case
+from .test_decode import schedule
 
 pytestmark = pytest.mark.gpu
 ORDER = "rows"

@@ -11,15 +11,13 @@ from codegen import prefill_cost, prefill_launch, runtime
 from codegen.compile_ahead import compile_all
 from codegen.emit import Specialisation
 from codegen.formats.slab_map import SlabMap, slab_map
-from codegen.formats.slabs import to_slabs
 from codegen.gpu import GpuSpec, this_gpu
 from codegen.prefill_plan import ItemCost
 from codegen.prefill_schedule import Prefill, prefill_schedules
-from codegen.runtime import Layer
-from patch_compiler import HardMask, TileKind, TileMap, pack
+from patch_compiler import HardMask, TileKind, TileMap
 
-from ..strategies import random_hard_mask, random_weight, rounded_error, same_bits, tile_maps
-from .test_decode import DTYPES, Case
+from ..strategies import random_hard_mask, same_bits, tile_maps
+from .case import DTYPES, Case, check_hostile_values, check_in_a_graph_and_on_another_stream
 
 pytestmark = pytest.mark.gpu
 # by rows of a panel; the simplest first
@@ -165,26 +163,7 @@ def test_a_layer_of_a_model_is_cut_where_that_pays(schedule: Prefill, monkeypatc
 
 @pytest.mark.parametrize("schedule", [*SCHEDULES[128][:6:2], *SPLIT], ids=str)
 def test_graphs_and_streams(schedule: Prefill) -> None:
-    cases = [Case(random_hard_mask(s, 128), torch.bfloat16, "rows") for s in ((4096, 1024), (640, 4096))]
-    xs = [c.x(777) for c in cases]
-    wanted = [c(x, schedule) for c, x in zip(cases, xs, strict=True)]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = [c(x, schedule) for _ in range(3) for c, x in zip(cases, xs, strict=True)]
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    for _ in range(20):
-        graph.replay()
-        with torch.cuda.stream(side):
-            beside = [c(x, schedule) for c, x in zip(cases, xs, strict=True)]
-        torch.cuda.synchronize()
-        assert all(same_bits(y, w) for y, w in zip(beside, wanted, strict=True))
-        assert all(same_bits(y, wanted[i % 2]) for i, y in enumerate(captured))
-    for x in xs:
-        x.normal_()
-    graph.replay()
-    torch.cuda.synchronize()
-    assert all(c.error(x, y) < 1 for c, x, y in zip(cases, xs, captured[-2:], strict=True))
+    check_in_a_graph_and_on_another_stream("rows", schedule, 777)
 
 
 def test_a_new_number_of_token_tiles_inside_a_capture_says_so() -> None:
@@ -258,12 +237,4 @@ def test_any_map_shape_and_tokens(batch: int, data: st.DataObject) -> None:
     tokens, schedule = data.draw(st.integers(1, 900)), data.draw(st.sampled_from(SCHEDULES[rows]))
     if schedule.group == 2 and not slab_map(tile_map).in_pairs:
         return
-    mask = HardMask.select(tile_map, torch.rand((m, k), generator=torch.Generator().manual_seed(seed)))
-    weight = random_weight((m, k), dtype, seed).cuda()
-    slabs = to_slabs(pack(weight, mask), "rows")
-    layer = Layer(tile_map, dtype, "rows", torch.device("cuda", 0))
-    x = random_weight((tokens, k), dtype, seed + 1).cuda()
-    y = torch.full((tokens, m), float("nan"), device="cuda", dtype=dtype)
-    layer.run(y, x, slabs.values, slabs.metadata, None, schedule=schedule)
-    reference = x.double() @ torch.where(mask.keep("cuda"), weight, 0).double().T
-    assert rounded_error(y, reference) < 1
+    check_hostile_values(tile_map, dtype, seed, tokens, "rows", schedule)

@@ -11,14 +11,12 @@ from hypothesis import strategies as st
 
 from codegen.compile_ahead import compile_all
 from codegen.emit import Specialisation
-from codegen.formats.slabs import to_slabs
 from codegen.gpu import this_gpu
-from codegen.runtime import Layer
 from codegen.tensor_schedule import TENSOR_TILES, TensorPrefill, tensor_schedules
-from patch_compiler import HardMask, TileKind, TileMap, pack
+from patch_compiler import HardMask, TileKind, TileMap
 
-from ..strategies import random_hard_mask, random_weight, rounded_error, same_bits, tile_maps
-from .test_decode import DTYPES, SHAPES, Case
+from ..strategies import random_hard_mask, same_bits, tile_maps
+from .case import DTYPES, SHAPES, Case, check_hostile_values, check_in_a_graph_and_on_another_stream
 
 pytestmark = pytest.mark.gpu
 # the smallest ring, so that each of them runs on every GPU
@@ -119,28 +117,7 @@ def test_whole_panels_give_a_token_the_same_bits_whatever_comes_with_it() -> Non
 
 
 def test_graphs_streams_and_shared_scratch() -> None:
-    """Two layers of different size use one workspace, in a graph and on another stream at the same time."""
-    cases = [Case(random_hard_mask(s, 128), torch.bfloat16, "fragments") for s in ((4096, 1024), (640, 4096))]
-    s = TensorPrefill(128, 8, 3, split=True)
-    xs = [c.x(300) for c in cases]
-    wanted = [c(x, s) for c, x in zip(cases, xs, strict=True)]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = [c(x, s) for _ in range(3) for c, x in zip(cases, xs, strict=True)]
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    for _ in range(20):
-        graph.replay()
-        with torch.cuda.stream(side):
-            beside = [c(x, s) for c, x in zip(cases, xs, strict=True)]
-        torch.cuda.synchronize()
-        assert all(same_bits(y, w) for y, w in zip(beside, wanted, strict=True))
-        assert all(same_bits(y, wanted[i % 2]) for i, y in enumerate(captured))
-    for x in xs:
-        x.normal_()
-    graph.replay()
-    torch.cuda.synchronize()
-    assert all(c.error(x, y) < 1 for c, x, y in zip(cases, xs, captured[-2:], strict=True))
+    check_in_a_graph_and_on_another_stream("fragments", TensorPrefill(128, 8, 3, split=True), 300)
 
 
 def test_first_use_inside_a_capture_says_so() -> None:
@@ -162,15 +139,7 @@ def test_any_map_shape_and_tokens(batch: int, data: st.DataObject) -> None:
     tile_map = TileMap((m, k), tile_map.tile, tile_map.kinds)
     seed, dtype = data.draw(st.integers(0, 2**31)), data.draw(st.sampled_from(DTYPES))
     tokens, schedule = data.draw(st.integers(1, 600)), data.draw(st.sampled_from([p.values[0] for p in ALL]))
-    mask = HardMask.select(tile_map, torch.rand((m, k), generator=torch.Generator().manual_seed(seed)))
-    weight = random_weight((m, k), dtype, seed).cuda()
-    slabs = to_slabs(pack(weight, mask), "fragments")
-    layer = Layer(tile_map, dtype, "fragments", torch.device("cuda", 0))
-    x = random_weight((tokens, k), dtype, seed + 1).cuda()
-    y = torch.full((tokens, m), float("nan"), device="cuda", dtype=dtype)
-    layer.run(y, x, slabs.values, slabs.metadata, None, schedule=schedule)
-    reference = x.double() @ torch.where(mask.keep("cuda"), weight, 0).double().T
-    assert rounded_error(y, reference) < 1
+    check_hostile_values(tile_map, dtype, seed, tokens, "fragments", schedule)
 
 
 @pytest.mark.parametrize("schedule", ALL)
