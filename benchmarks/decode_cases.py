@@ -18,10 +18,11 @@ import numpy as np
 import torch
 
 from codegen.fit import scattered
-from patch_compiler.tile_map import DEFAULT_TILE, TileMap
+from patch_compiler.tile_map import DEFAULT_TILE, TileKind, TileMap
 from patch_compiler.tuning_targets import STANDARD
 
 MAPS = ("random", "learned")
+SQUARE = "8192x8192"  # no model: one weight, as GEMMs are often compared
 PARTS = {"q+k+v": ("q", "k", "v"), "gate+up": ("gate", "up"), "o": ("o",), "down": ("down",)}
 FEED_FORWARD, ATTENTION, KEYS_VALUES = ("gate", "up", "down"), ("q", "o"), ("k", "v")
 CONCENTRATION = 8.0  # of the Beta distribution of panels' shares of 2:4 tiles: standard deviation 0.17 at a half
@@ -109,6 +110,10 @@ def learned_maps(model: str, sparsity: float) -> dict[str, TileMap]:
 
 def model_maps(model: str, kind: str, sparsity: float, unmerged: bool = False) -> dict[str, TileMap]:
     """layer -> tile map of one block's launches."""
+    if model == SQUARE:
+        shape = 8192, 8192
+        tiles = round(2 * sparsity * TileMap.full(shape, TileKind.DENSE).kinds.numel())
+        return {"w": uneven(shape, tiles, 0) if kind == "learned" else scattered(shape, 2 * sparsity)}
     parts, maps = projections(model), {}
     learned = learned_maps(model, sparsity) if kind == "learned" else {}
     for name, shape in STANDARD[model][1].items():

@@ -6,7 +6,8 @@
 For each tile map (benchmarks/decode_cases.py) and number of tokens T, in one set of interleaved rounds: cuBLAS on dense random
 weights of that shape, every geometry and cluster of the prefill kernels, up to T = 2048 split and not (with --rings every
 division of the shared memory among their rings too), up to T = 512 the decode kernel, at 50 % (all 2:4) cuSPARSELt: the fastest
-of its default and its searched algorithm. --quick is for a first look in a minute.
+of its default and its searched algorithm. Of all these, `picked` is what a packed model would run, `picked_with_dense` what a
+model would that keeps its dense weights. --quick is for a first look in a minute.
 
 Every schedule's result is checked for every row before it is timed. TFLOP/s count 2 M K T, whatever is zero. The clock is read
 while cuBLAS runs. Anything wrong: no results file.
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 
-from codegen import cost_model
+from codegen import cost_model, tuning
 from codegen.compile_ahead import compile_all
 from codegen.decode_schedule import Decode
 from codegen.emit import Specialisation
@@ -34,22 +35,24 @@ from codegen.gpu import GpuSpec, gpu_here
 from codegen.measure import COLD_BYTES, measure
 from codegen.prefill_schedule import Prefill, prefill_schedules
 from codegen.problem import Problem
+from codegen.schedule import Gemm, Schedule
 from patch_compiler.provenance import provenance, write_results
 from patch_compiler.text_table import table
 
 from .case_arguments import add_case_arguments, check_case_arguments
 from .decode_bench import TOLERANCE, Bench, Calls, Library, WrongResult, normal, product
-from .decode_cases import Case, cases
+from .decode_cases import SQUARE, Case, cases
 from .decode_summary import geomean
 from .results_file import results_file
 
-MODELS = ("llama-2-7b", "llama-3.1-8b")
+MODELS = ("llama-2-7b", "llama-3.1-8b", SQUARE)
 TOKENS = (128, 256, 512, 1024, 2048, 4096, 8192)
 QUICK: dict[str, Any] = {"models": ["llama-2-7b"], "tokens": [512, 2048, 8192], "sparsity": [0, 45, 50], "maps": ["random"]}
 MOST_DECODE_TOKENS = 512
 MOST_SPLIT_TOKENS = 2048  # more have items enough for all SMs
 # percent -> wanted speedup over cuBLAS for T up to FEW_TOKENS and beyond; at 0 % after dispatch
 FEW_TOKENS = 1024
+DENSE = Gemm(expand=False)
 TARGETS = {0: (0.98, 0.98), 25: (1.0, 1.1), 35: (1.12, 1.2), 45: (1.2, 1.3)}
 CUSPARSELT_TARGET = 1.0
 
@@ -84,10 +87,11 @@ class PrefillBench(Bench):
         wanted = product(x, self.weight_fp32)
         calls: dict[str, Calls] = {"cublas": [partial(torch.mm, x, w.t(), out=y) for w in self.dense]}
         wrong, predicted = 0.0, {}
-        variants: list[Prefill | Decode] = [s for s in schedules if tokens <= MOST_SPLIT_TOKENS or not s.split]
+        packed, with_dense = (tuning.pick(self.layer.problem(dense_weight=dense), self.gpu, tokens) for dense in (False, True))
+        variants: list[Schedule] = [s for s in schedules if tokens <= MOST_SPLIT_TOKENS or not s.split]
         if decode_kernel and tokens <= MOST_DECODE_TOKENS:
             variants.append(Decode("hopper", 128, 4, early_start=True))
-        for schedule in variants:
+        for schedule in dict.fromkeys([*variants, *(s for s in (packed, with_dense) if s != DENSE)]):
             wrong = max(wrong, self.check(case, self.layer, schedule, x, *self.packed[0], wanted))
             calls[str(schedule)] = [partial(self.layer.run, y, x, v, i, None, schedule=schedule) for v, i in self.packed]
             predicted[str(schedule)] = 1e6 * cost_model.predict(self.layer.problem(), schedule, self.gpu, tokens)
@@ -98,6 +102,7 @@ class PrefillBench(Bench):
         row = {
             "shape": [m, k], "map": case.map, "sparsity": case.sparsity, "tokens": tokens, "us": us, "best": best,
             "predicted_us": {name: round(value, 2) for name, value in predicted.items()},
+            "picked": str(packed), "picked_with_dense": "cublas" if with_dense == DENSE else str(with_dense),
             "noise_us": round(timings[best].noise(timings["cublas"]), 2),
             "speedup": {name: round(us["cublas"] / value, 4) for name, value in us.items() if name != "cublas"},
             "tflops": {name: round(2 * m * k * tokens / us[name] / 1e6) for name in ("cublas", best)},
@@ -154,6 +159,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         found.append({
             "map": map_, "sparsity": sparsity, "tokens": tokens, "layers": len(mine),
             "best": geomean(row["speedup"][row["best"]] for row in mine),
+            **{way: geomean(row["speedup"].get(row[way], 1.0) for row in mine) for way in ("picked", "picked_with_dense")},
             "target": None if few_many is None else few_many[tokens > FEW_TOKENS],
             "schedules": {name: geomean(row["speedup"][name] for row in mine) for name in names},
             "cusparselt": geomean(compared) if compared else None,
@@ -169,10 +175,23 @@ def summary_table(summary: Sequence[dict[str, Any]]) -> str:
         missed = " !" if entry["target"] is not None and entry["best"] < entry["target"] else ""
         lines.append((
             entry["map"], f"{entry['sparsity']} %", str(entry["tokens"]), str(entry["layers"]), f"{entry['best']:.2f}{missed}",
+            f"{entry['picked']:.2f}", f"{entry['picked_with_dense']:.2f}",
             "" if entry["target"] is None else f"{entry['target']:.2f}", library, first,
             f"{entry['schedules'][first]:.2f}" if first else "",
         ))  # fmt: skip
-    head = ("map", "sparsity", "T", "layers", "best each", "target", "x cuSPARSELt", "best one for all", "its mean")
+    head = (
+        "map",
+        "sparsity",
+        "T",
+        "layers",
+        "best each",
+        "picked",
+        "dense kept",
+        "target",
+        "x cuSPARSELt",
+        "best one for all",
+        "its mean",
+    )
     return table(lines, head)
 
 

@@ -22,6 +22,7 @@ def row(layer: str, fast: float, **changes: object) -> dict[str, object]:
     us = {"cublas": 10.0, "a": 10 / fast, "b": 9.0}
     return {
         "model": "llama-2-7b", "layer": layer, "map": "random", "sparsity": 50, "tokens": 2048, "us": us, "best": "a",
+        "picked": "b", "picked_with_dense": "cublas",
         "speedup": {name: 10 / t for name, t in us.items() if name != "cublas"}, "cusparselt": {"us": 8.0}, **changes,
     }  # fmt: skip
 
@@ -30,6 +31,7 @@ def test_means_over_layers() -> None:
     (entry,) = prefill.summarise([row("o", 1.2), row("down", 1.2 * 1.44)])
     assert entry["best"] == pytest.approx(1.44)
     assert entry["schedules"] == pytest.approx({"a": 1.44, "b": 10 / 9})
+    assert (entry["picked"], entry["picked_with_dense"]) == pytest.approx((10 / 9, 1.0))
     assert entry["cusparselt"] == pytest.approx(0.8 * 1.44)
     (missed,) = prefill.summarise([row("o", 1.2, sparsity=45, cusparselt=None)])
     assert missed["target"] == 1.3
