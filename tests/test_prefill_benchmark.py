@@ -7,7 +7,7 @@ import json
 import pytest
 
 from benchmarks import decode_bench, prefill
-from benchmarks.decode_cases import cases
+from benchmarks.decode_cases import SQUARE, cases
 from codegen import runtime
 from codegen.gpu import gpu_spec
 from codegen.prefill_schedule import Prefill
@@ -48,6 +48,13 @@ def test_the_schedules_timed() -> None:
     geometries = [{(s.panels, s.tokens, s.cluster, s.split) for s in schedules} for schedules in (few, many)]
     assert geometries[0] == geometries[1]
     assert len(few) <= 16
+
+
+def test_the_square_weight() -> None:
+    found = cases([SQUARE], [45], ["random", "learned"])
+    assert [c.layers for c in found] == [((SQUARE, "w"),)] * 2
+    assert all(c.tile_map.shape == (8192, 8192) and abs(c.tile_map.sparsity - 0.45) < 1e-3 for c in found)
+    assert found[0].tile_map != found[1].tile_map
 
 
 def test_arguments(capsys) -> None:
@@ -91,6 +98,7 @@ def test_a_quick_run(pretended, capsys) -> None:
         (layer, sparsity, 64) for layer in SMALL["llama-2-7b"][1] for sparsity in (0, 45, 50)
     }
     assert all(r["relative_error"] < 4e-3 and r["best"] in r["us"] for r in record["rows"])
+    assert all(r["picked"] in r["us"] and r["picked_with_dense"] in r["us"] for r in record["rows"])
     assert "geometric means" in capsys.readouterr().out
 
 
