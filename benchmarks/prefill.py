@@ -180,18 +180,9 @@ def summary_table(summary: Sequence[dict[str, Any]]) -> str:
             f"{entry['schedules'][first]:.2f}" if first else "",
         ))  # fmt: skip
     head = (
-        "map",
-        "sparsity",
-        "T",
-        "layers",
-        "best each",
-        "picked",
-        "dense kept",
-        "target",
-        "x cuSPARSELt",
-        "best one for all",
+        "map", "sparsity", "T", "layers", "best each", "picked", "dense kept", "target", "x cuSPARSELt", "best one for all",
         "its mean",
-    )
+    )  # fmt: skip
     return table(lines, head)
 
 
