@@ -299,6 +299,19 @@ def test_bad_input_is_refused_and_changes_nothing(options: dict[str, Any], messa
     check_refused(quiet, options, message)
 
 
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        (Budget(0.3, rules=(("nothing_like_it", 0.2),)), "no layer is left for it"),
+        (Budget(0.05, rules=(("mlp", 0.5),)), "without a rule can add"),
+    ],
+)
+def test_a_budget_out_of_reach_is_refused_before_the_calibration(budget: Budget, message: str, monkeypatch) -> None:
+    monkeypatch.setattr("learning.prune.calibrate", None)  # hours, on a large model
+    with pytest.raises(ValueError, match=message):
+        quiet(tiny_model("llama"), random_windows(), sparsity=budget, tile=16)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
 def test_broken_weights_name_the_layer(bad: float) -> None:
     model = tiny_model("gpt2")
