@@ -26,7 +26,7 @@ from .budget import Budget, allocate_dense_tiles, check_budget, split_exactly
 from .calibration import Calibration, calibrate
 from .one_shot import METHODS, Pruned
 from .one_shot.proxsparse_training import ProxSparseTraining, learn_patterns
-from .prune_checks import PATTERNS, check_calibration, check_request, checked_linears, shape_of
+from .prune_checks import PATTERNS, check_calibration, check_request, checked_linears, shape_of, warn_of_stacked_weights
 from .prune_result import PrunedLayer, PruneResult
 from .statistics import InputCollector
 from .tile_scores import tile_scores, weight_on_device
@@ -77,6 +77,7 @@ def prune(
         raise ValueError(f"a budget chooses dense tiles: it is for the hybrid pattern, for {pattern} name a sparsity")
     tile = normalize_tile(tile)
     linears = checked_linears(model, include, exclude)
+    warn_of_stacked_weights(model, include, exclude)
     if windows is not None:
         check_windows(model, windows)
     shapes = {name: shape_of(module) for name, module in linears.items()}
