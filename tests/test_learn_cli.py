@@ -209,6 +209,7 @@ def test_options_replace_published_values():
         (["--data", "missing.txt"], "no such file or directory"),
         (["--validation", "missing.txt"], "no such file or directory"),
         (["--mask-from", "missing.safetensors"], "missing.safetensors"),
+        (["--mask-from", "mask.npz"], "`python -m learning import-mask` makes a mask file of it"),
         (["--pattern-method", "none"], "needs 2:4 patterns"),
         (["--tile-prior", "mask"], "no masks to start from"),
         (["--mode", "maskllm", "--per-layer"], "a budget by layer or by rule: maskllm learns 2:4"),

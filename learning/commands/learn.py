@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patch_compiler.artifact import load_masks
 from patch_compiler.atomic import atomic_file
 from patch_compiler.hard_mask import HardMask
 from patch_compiler.tile_map import TileKind
@@ -37,7 +36,7 @@ from ..training.next_token_loss import mean_loss
 from ..training.state import first_difference
 from ..training.stop_request import Stopped
 from .learn_options import add_options, config_of
-from .options import DTYPES, check_writable
+from .options import DTYPES, check_writable, read_masks
 from .pruned_output import PrunedOutput, check_places
 
 EXIT_STOPPED = 75  # "try again": the run is saved and can be resumed
@@ -60,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     config = config_of(args)
     check_places(args.model, args.output, args.overwrite)
     directory = args.run_dir or args.output.with_name(args.output.name + ".run")
-    masks = load_masks(args.mask_from).masks if args.mask_from is not None else None  # a bad file shows at once
+    masks = read_masks(args.mask_from) if args.mask_from is not None else None  # a bad file shows at once
     try:
         with processes(args.device) as ranks:
             _Command(args, config, directory, masks, ranks).run()
@@ -256,7 +255,7 @@ class _Command:
         other = f"exactly on budget {last.hard:.4f}" if by_sign else f"by the signs of the logits {last.sign_rule:.4f}"
         print(f"perplexity on the validation windows: dense {dense:.4f}, learned {learned:.4f} (soft {last.soft:.4f}, {other})")
         if by_sign:
-            print(f"every tile is what its logit's sign says; {differing} of {hardened.tiles} differ from the exact budget")
+            print(f"every tile is what its logit's sign says; {differing} of {hardened.tiles} would differ exactly on budget")
         else:
             print(f"{differing} of {hardened.tiles} tiles differ from their logit's sign, to meet the budget exactly")
 
