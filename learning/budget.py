@@ -44,7 +44,10 @@ class Budget:
     def __post_init__(self) -> None:
         check_hybrid_sparsity(self.sparsity)
         for pattern, sparsity in self.rules:
-            check_hybrid_sparsity(sparsity)
+            try:
+                check_hybrid_sparsity(sparsity)
+            except ValueError as error:
+                raise ValueError(f"budget for {pattern!r}: {error}") from None
             try:
                 re.compile(pattern)
             except re.error as error:
@@ -83,6 +86,12 @@ class Budget:
                 f"without a rule can add 0 to {0.5 * free / sum(weights.values()):.4f}"
             )
         return min(max(zeros / free, 0.0), 0.5) if free else 0.0
+
+
+def check_budget(budget: Budget, shapes: Mapping[str, tuple[int, int]], tile: int | tuple[int, int] = DEFAULT_TILE) -> None:
+    """Raises ValueError for what `allocate_dense_tiles` of these layers would refuse, before there are scores."""
+    for part in budget.parts(shapes):
+        dense_budget([TileMap.full(shapes[name], TileKind.SPARSE24, tile) for name in part.names], part.sparsity)
 
 
 def allocate_dense_tiles(

@@ -5,8 +5,8 @@ A text source is named by one string:
     None, "default"                 the text that ships with the package (learning/texts): calibration or held-out
     "wikitext2"                     WikiText-2 raw from the hub, its rows joined by blank lines into one document, as is usual
     "allenai/c4:en:train"           a hub dataset as owner/name[:config][:split], read as a stream; needs patch-compiler[hub]
-    a path                          a .txt, .jsonl (field "text") or .parquet (column "text") file, the first two also
-                                    as .xz or .gz; or a directory of such files
+    a path                          a .txt, .jsonl (field "text") or .parquet (column "text") file, also as .xz or .gz;
+                                    or a directory of such files
 
 In a .txt file two blank lines end a document. Hub datasets without a split are read from "train" for calibration
 and from "test" for evaluation.
@@ -19,7 +19,7 @@ import json
 import lzma
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -31,12 +31,13 @@ from .hub_stream import Split, stream_hub
 TEXTS = Path(__file__).parent / "texts"
 SHIPPED = {"train": TEXTS / "calibration.txt.xz", "test": TEXTS / "heldout.txt.xz"}
 WIKITEXT2 = "Salesforce/wikitext:wikitext-2-raw-v1"
-SUFFIXES = (".txt", ".jsonl", ".txt.xz", ".txt.gz", ".jsonl.xz", ".jsonl.gz", ".parquet")
+SUFFIXES = tuple(kind + packed for kind in (".txt", ".jsonl", ".parquet") for packed in ("", ".xz", ".gz"))
 
 _HUB_SOURCE = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?::([\w.-]+))?")
 _MAX_CHARS_PER_TOKEN = 32  # about eight times English: a hub stream is read this far before it counts as too short
 _PIECE_CHARS_PER_TOKEN = 8  # long documents are shuffled in pieces of about two windows
 _BATCH = 64  # pieces tokenised at once
+_OPEN: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
 
 
 # ---- documents
@@ -93,7 +94,7 @@ def _read_path(path: Path) -> list[str]:
 
 def _read_file(path: Path) -> Iterator[str]:
     try:
-        if path.name.endswith(".parquet"):
+        if path.name.endswith((".parquet", ".parquet.xz", ".parquet.gz")):
             yield from _read_parquet(path)
         elif path.name.endswith((".jsonl", ".jsonl.xz", ".jsonl.gz")):
             with open_text(path) as file:
@@ -113,11 +114,8 @@ def _read_file(path: Path) -> Iterator[str]:
 
 def open_text(path: Path) -> TextIO:
     """UTF-8 text, also from .xz and .gz."""
-    if path.suffix == ".xz":
-        return lzma.open(path, "rt", encoding="utf-8")
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")
-    return open(path, encoding="utf-8")
+    opened: TextIO = _OPEN.get(path.suffix, open)(path, "rt", encoding="utf-8")
+    return opened
 
 
 def _text_of_line(path: Path, number: int, line: str) -> str:
@@ -138,12 +136,20 @@ def _read_parquet(path: Path) -> Iterator[str]:
         raise ValueError(
             f"text source {str(path)!r}: reading parquet needs pyarrow; pip install 'patch-compiler[hub]'"
         ) from None
+    unpacked: Any = path
+    if path.suffix in _OPEN:  # its end is read first: unpacked in memory
+        with _OPEN[path.suffix](path, "rb") as packed:
+            unpacked = pyarrow.BufferReader(packed.read())
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(unpacked) as file:
             if "text" not in file.schema_arrow.names:
                 raise ValueError(f'text source {str(path)!r}: no column "text" among {", ".join(file.schema_arrow.names)}')
             for batch in file.iter_batches(columns=["text"]):
-                yield from (text for text in batch.column(0).to_pylist() if text is not None)
+                for text in batch.column(0).to_pylist():
+                    if not isinstance(text, str | None):
+                        raise ValueError(f'text source {str(path)!r}: column "text" holds {batch.schema.types[0]}, not text')
+                    if text is not None:
+                        yield text
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"text source {str(path)!r} cannot be read: {error}") from None
 

@@ -22,11 +22,11 @@ from patch_compiler.linears import attach_mask, weight_of
 from patch_compiler.tile_map import DEFAULT_TILE, TileKind, TileMap, normalize_tile
 
 from .blocks import BlockRunner, check_windows
-from .budget import Budget, allocate_dense_tiles, split_exactly
+from .budget import Budget, allocate_dense_tiles, check_budget, split_exactly
 from .calibration import Calibration, calibrate
 from .one_shot import METHODS, Pruned
 from .one_shot.proxsparse_training import ProxSparseTraining, learn_patterns
-from .prune_checks import PATTERNS, check_calibration, check_request, checked_linears, shape_of
+from .prune_checks import PATTERNS, check_calibration, check_request, checked_linears, shape_of, warn_of_stacked_weights
 from .prune_result import PrunedLayer, PruneResult
 from .statistics import InputCollector
 from .tile_scores import tile_scores, weight_on_device
@@ -77,8 +77,12 @@ def prune(
         raise ValueError(f"a budget chooses dense tiles: it is for the hybrid pattern, for {pattern} name a sparsity")
     tile = normalize_tile(tile)
     linears = checked_linears(model, include, exclude)
+    warn_of_stacked_weights(model, include, exclude)
     if windows is not None:
         check_windows(model, windows)
+    shapes = {name: shape_of(module) for name, module in linears.items()}
+    if pattern == "hybrid" and share is not None:
+        check_budget(budget or Budget(share), shapes, tile)
     needs = METHODS[method].needs
     needs_scores = pattern == "hybrid" and needs != "nothing"
     if calibration is not None:
@@ -88,7 +92,6 @@ def prune(
 
     prune_tiles, prune_unstructured = METHODS[method].prune_tiles, METHODS[method].prune_unstructured
     known: Mapping[str, Any] = calibration.inputs if calibration is not None else {}
-    shapes = {name: shape_of(module) for name, module in linears.items()}
     prune_one: PruneOne
     if pattern == "unstructured":
         assert prune_unstructured is not None

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import warnings
+
 from torch import Tensor, nn
 
-from patch_compiler.linears import WEIGHT_DTYPES, mask_of, named_linears, weight_dtypes, weight_of
+from patch_compiler.linears import WEIGHT_DTYPES, decoder_blocks, mask_of, named_linears, weight_dtypes, weight_of
 
 from .budget import check_hybrid_sparsity
 from .calibration import Calibration
@@ -66,6 +69,27 @@ def checked_linears(model: nn.Module, include: str | None, exclude: str | None) 
         if not bool(weight.isfinite().all()):
             raise ValueError(f"{name}: {int((~weight.isfinite()).sum())} of its {weight.numel()} weights are NaN or infinite")
     return linears
+
+
+def warn_of_stacked_weights(model: nn.Module, include: str | None, exclude: str | None) -> None:
+    """Warns if a good part of the decoder blocks is no linear layer, as the experts that some models keep in one tensor."""
+    try:
+        prefix, blocks = decoder_blocks(model)
+    except ValueError:  # no language model
+        return
+    stacked = {
+        name: p.numel()
+        for name, p in blocks.named_parameters(prefix=prefix)
+        if p.dim() > 2 and re.search(include or "", name) and not (exclude is not None and re.search(exclude, name))
+    }
+    linear = sum(weight_of(module).numel() for module in named_linears(model).values())
+    share = sum(stacked.values()) / (sum(stacked.values()) + linear)
+    if share > 0.01:
+        warnings.warn(
+            f"{sum(stacked.values()):,} weights, {share:.0%} of the decoder blocks', are stacked in tensors such as "
+            f"{next(iter(stacked))} and no linear layers: they stay dense, and the sparsity does not count them",
+            stacklevel=1,  # one place: Python shows it once
+        )
 
 
 def check_calibration(calibration: Calibration, linears: dict[str, nn.Module], needs_gradients: bool) -> None:

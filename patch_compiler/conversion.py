@@ -26,7 +26,9 @@ def convert(model: nn.Module, masks: Mapping[str, HardMask] | None = None) -> nn
     dense as before with its mask attached. `convert(model)` then goes on.
     """
     if masks is None:
-        masks = {name: mask for name, m in model.named_modules() if (mask := mask_of(m)) is not None}
+        # an adapter of PEFT shows its layer's weight as its own
+        owners = ((name, m) for name, m in model.named_modules() if "weight" in m._parameters)
+        masks = {name: mask for name, m in owners if (mask := mask_of(m)) is not None}
     linears = get_linears(model, masks)
     for name, module in linears.items():
         check_plain(name, module)

@@ -58,7 +58,8 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def named_linears(model: nn.Module, include: str | None = None, exclude: str | None = None) -> dict[str, nn.Module]:
     """Dense linear layers (nn.Linear, Conv1D) that sparsity applies to, by module path, in the model's order.
 
-    A causal LM's decoder blocks, never embeddings or lm_head; of any other module, all its linears.
+    A causal LM's decoder blocks, never embeddings or lm_head; of any other module, all its linears. Of a layer with an adapter
+    of PEFT around it the layer itself, whose path ends in "base_layer", and nothing of the adapter.
     include, exclude: regular expressions searched in the path. Raises ValueError for a bad expression.
     """
     try:
@@ -72,8 +73,12 @@ def named_linears(model: nn.Module, include: str | None = None, exclude: str | N
         except ValueError:
             root, prefix = model, ""
     found = {}
+    adapted: list[str] = []
     for name, module in root.named_modules(prefix=prefix):
-        if not _is_dense_linear(module):
+        if isinstance(getattr(module, "base_layer", None), nn.Module):
+            adapted.append(f"{name}.")
+        own = next((a for a in adapted if name.startswith(a)), None)
+        if not _is_dense_linear(module) or (own is not None and not name.startswith(f"{own}base_layer")):
             continue
         if (wanted is None or wanted.search(name)) and not (unwanted is not None and unwanted.search(name)):
             found[name] = module

@@ -35,6 +35,11 @@ def model_source(name_or_path: str | os.PathLike[str]) -> ModelSource:
         return ModelSource("gguf", str(gguf), gguf.name)
     if (path / "config.json").is_file():
         return ModelSource("directory", str(path), path.resolve().name)
+    if (path / "adapter_config.json").is_file():
+        raise ValueError(
+            f"model directory {source!r} holds an adapter of PEFT, not a model: merge it into its base model "
+            "(merge_and_unload, then save_pretrained) and name that directory"
+        )
     if path.is_dir():
         raise ValueError(f"model directory {source!r} holds neither config.json nor a .gguf file")
     if is_path(source):

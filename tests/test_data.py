@@ -59,6 +59,17 @@ def test_parquet(tmp_path):
     parquet.write_table(pyarrow.table({"body": DOCUMENTS}), tmp_path / "u.parquet")
     with pytest.raises(ValueError, match=r"u\.parquet.*no column \"text\" among body"):
         load_texts(str(tmp_path / "u.parquet"))
+    parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "w.parquet")
+    with pytest.raises(ValueError, match=r"w\.parquet.*column \"text\" holds int64, not text"):
+        load_texts(str(tmp_path / "w.parquet"))
+    whole = (tmp_path / "t.parquet").read_bytes()
+    for suffix, compress in ((".gz", gzip.compress), (".xz", lzma.compress)):
+        file = tmp_path / f"t.parquet{suffix}"
+        file.write_bytes(compress(whole))
+        assert load_texts(str(file)) == DOCUMENTS
+        file.write_bytes(compress(whole)[:-20])
+        with pytest.raises(ValueError, match=rf"t\.parquet\{suffix}.*cannot be read"):
+            load_texts(str(file))
     (tmp_path / "v.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(ValueError, match=r"v\.parquet.*cannot be read"):
         load_texts(str(tmp_path / "v.parquet"))

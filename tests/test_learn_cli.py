@@ -120,8 +120,44 @@ def test_patterns_can_come_from_a_mask_file(base, tmp_path, capsys):
         sparse = mask.tile_map.group_kinds() == int(TileKind.SPARSE24)
         assert torch.equal(mask.codes[sparse], given[name].codes[sparse])
     capsys.readouterr()
-    assert learn(base, tmp_path / "more", "--mask-from", str(tmp_path / "out" / "mask.safetensors")) == 2
-    assert "2:4 everywhere" in capsys.readouterr().err
+    hybrid = ("--mask-from", str(tmp_path / "out" / "mask.safetensors"))
+    assert learn(base, tmp_path / "more", *hybrid, "--pattern-method", "none") == 2
+    assert "name a pattern method for them" in capsys.readouterr().err
+    assert not (tmp_path / "more.run").exists()
+
+
+def test_a_hybrid_mask_is_a_start_too(base, tmp_path):
+    """Its 2:4 tiles' patterns stay; what it leaves dense may become 2:4, with patterns of the one-shot method."""
+    prune = ["prune", str(base), "--tile", "16", "--samples", "4", "--context", "24", "--device", "cpu", "--quiet"]
+    assert main([*prune, "--sparsity", "0.3", "--method", "magnitude", "-o", str(tmp_path / "pruned")]) == 0
+    file = tmp_path / "pruned" / "mask.safetensors"
+    options = ("--mask-from", str(file), "--tile-prior", "mask", "--lr", "1e-9")
+    assert learn(base, tmp_path / "same", *options, "--sparsity", "0.3") == 0
+    given, same = (load_masks(tmp_path / name / "mask.safetensors").masks for name in ("pruned", "same"))
+    assert same == given
+    assert learn(base, tmp_path / "less", *options, "--sparsity", "0.45") == 0
+    for name, mask in load_masks(tmp_path / "less" / "mask.safetensors").masks.items():
+        sparse = given[name].tile_map.group_kinds() == int(TileKind.SPARSE24)
+        assert bool((mask.tile_map.group_kinds()[sparse] == int(TileKind.SPARSE24)).all())
+        assert torch.equal(mask.codes[sparse], given[name].codes[sparse])
+    record = json.loads((tmp_path / "less" / "pruning.json").read_text())
+    assert record["start"] == ["mask.safetensors", "wanda"]
+
+
+def test_compat_says_what_was_written(base, tmp_path, capsys):
+    """PATCH's code takes tiles by sign, off budget: the perplexity shown is that of what lies in the directory."""
+    out = tmp_path / "out"
+    assert learn(base, out, "--compat", "patch", "--tile", "8", "--sparsity", "0.3") == 0
+    shown, record = capsys.readouterr().out, json.loads((out / "pruning.json").read_text())
+    found = record["validation"]["perplexity"]
+    loaded = load_model(out)
+    windows = learn_command.validation_windows(loaded.tokenizer, None, 3, 24)
+    assert perplexity(loaded.model, windows, progress=False).value == pytest.approx(found["learned"], rel=1e-4)
+    assert found["learned"] == found["sign_rule"]
+    assert (record["tiles"]["budget_and_sign_differ"] > 0) == (found["on_budget"] != found["learned"])
+    assert f"learned {found['learned']:.4f} (soft {found['soft']:.4f}, exactly on budget {found['on_budget']:.4f})" in shown
+    assert "every tile is what its logit's sign says" in shown
+    assert "to meet the budget exactly\n" not in shown
 
 
 # ---- options
@@ -173,12 +209,16 @@ def test_options_replace_published_values():
         (["--data", "missing.txt"], "no such file or directory"),
         (["--validation", "missing.txt"], "no such file or directory"),
         (["--mask-from", "missing.safetensors"], "missing.safetensors"),
+        (["--mask-from", "mask.npz"], "`python -m learning import-mask` makes a mask file of it"),
         (["--pattern-method", "none"], "needs 2:4 patterns"),
+        (["--tile-prior", "mask"], "no masks to start from"),
+        (["--mode", "maskllm", "--per-layer"], "a budget by layer or by rule: maskllm learns 2:4"),
+        (["--samples", "1000000"], "is too short"),
         (["--tensorboard"], "pip install tensorboard"),
     ],
 )
 def test_learn_refuses(base, tmp_path, capsys, monkeypatch, options, message):
-    """With one line. Nothing is left but the run's directory, where it got that far."""
+    """With one line. Nothing is left: the corrected command may have the same names."""
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     code: object
     try:
@@ -190,7 +230,7 @@ def test_learn_refuses(base, tmp_path, capsys, monkeypatch, options, message):
     assert message in error
     assert error.startswith("error: ")
     assert "\n" not in error
-    assert not (tmp_path / "out").exists()
+    assert not any(tmp_path.iterdir())
 
 
 def test_bad_places_are_refused_before_the_model_is_loaded(base, tmp_path, capsys, monkeypatch):
@@ -225,7 +265,7 @@ def test_stopped_it_says_so_and_resumes_with_the_same_result(base, tmp_path, cap
     assert learn(base, tmp_path / "out", mode="joint") == 2
     assert "--resume" in capsys.readouterr().err
     assert learn(base, tmp_path / "out", "--resume", "--sparsity", "0.2", mode="joint") == 2
-    assert "its config is" in capsys.readouterr().err
+    assert "its config.budget.sparsity is 0.35, now it is 0.2" in capsys.readouterr().err
     monkeypatch.setattr(learn_command, "find_start", None)  # what was found before is used
     assert learn(base, tmp_path / "out", "--resume", mode="joint") == 0
     one, other = (load_masks(tmp_path / name / "mask.safetensors").masks for name in ("whole", "out"))

@@ -18,7 +18,7 @@ from learning.soft_masks.priors import Start, find_start, pattern_logits, patter
 from patch_compiler.hard_mask import HardMask
 from patch_compiler.linears import mask_of, named_linears, weight_of
 from patch_compiler.masks import PATTERNS
-from patch_compiler.tile_map import TileKind, TileMap
+from patch_compiler.tile_map import TileKind, TileMap, normalize_tile
 from tests.models import FAMILIES, tiny_model
 from tests.strategies import same_bits
 
@@ -259,9 +259,36 @@ def test_masks_made_elsewhere_are_taken_as_they_are() -> None:
     first = next(iter(given))
     hybrid = HardMask(TileMap.full(shapes[first], TileKind.DENSE, 16), given[first].codes)
     with pytest.raises(ValueError, match=r"are not 2:4"):
-        find_start(model, config, masks=given | {first: hybrid}, progress=False)
+        find_start(model, config, masks=given | {first: hybrid}, pattern_method="none", progress=False)
     with pytest.raises(ValueError, match="know nothing about"):
         find_start(model, config, masks={n: m for n, m in given.items() if n != first}, progress=False)
+
+
+@pytest.mark.parametrize("tile", [16, (8, 4), (64, 32)])
+def test_hybrid_masks_give_the_patterns_and_tiles_they_have(tile: Any) -> None:
+    model = tiny_model("llama")
+    config = configured("tile", tile_prior="mask", tile=tile)
+    linears = named_linears(model)
+    given = {}
+    for name, module in linears.items():
+        shape = tuple(weight_of(module).shape)
+        grid = TileMap.grid_of(shape, (16, 16))
+        given[name] = HardMask.select(TileMap.from_dense(shape, torch.rand(grid) < 0.4, 16), torch.rand(shape))
+    magnitude = find_start(model, configured("tile", tile_prior="none"), pattern_method="magnitude", progress=False)
+    start = find_start(model, config, masks=given, pattern_method="magnitude", progress=False)
+    for name, mask in given.items():
+        sparse = mask.tile_map.group_kinds() == int(TileKind.SPARSE24)
+        assert torch.equal(start.codes[name][sparse], mask.codes[sparse])
+        assert torch.equal(start.codes[name][~sparse], magnitude.codes[name][~sparse])
+        found = start.tile_maps[name]
+        assert found.tile == normalize_tile(tile)
+        dense = ~sparse.repeat_interleave(4, 1)[:, : mask.tile_map.shape[1]]
+        for row in range(found.grid[0]):
+            for column in range(found.grid[1]):
+                rows, columns = found.tile
+                part = dense[row * rows : (row + 1) * rows, column * columns : (column + 1) * columns]
+                assert (found.kinds[row, column] == int(TileKind.DENSE)) == (2 * int(part.sum()) >= part.numel())
+    LearnedMasks(model, config, start)
 
 
 @pytest.mark.parametrize("prior", ["loss", "survivors"])
@@ -280,6 +307,8 @@ def test_what_cannot_start_says_so() -> None:
     model = tiny_model("llama")
     with pytest.raises(ValueError, match="needs 2:4 patterns"):
         find_start(model, configured("tile"), windows(), pattern_method="none", progress=False)
+    with pytest.raises(ValueError, match="no masks to start from"):
+        find_start(model, configured("tile", tile_prior="mask"), pattern_method="magnitude", progress=False)
     with pytest.raises(ValueError, match="needs calibration windows"):
         find_start(model, configured("joint"), pattern_method="magnitude", progress=False)
     with pytest.raises(ValueError, match="was given none"):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from learning.prune import prune
 from patch_compiler import PatchLinear, convert
 from patch_compiler.linears import named_linears, weight_of
 
@@ -114,3 +115,19 @@ def test_what_needs_the_dense_weight_is_refused(family: str, base: Path) -> None
     for start in ("pissa", "pissa_niter_4", "OLoRA"):
         with pytest.raises(ValueError, match=f"'{start}' starts from the dense weight"):
             config(family, init_lora_weights=start)
+
+
+def test_an_adapter_is_not_pruned_but_the_layer_below_it(family: str) -> None:
+    plain = tiny_model(family)
+    expected = list(named_linears(plain))
+    adapted = peft.get_peft_model(plain, peft.LoraConfig(r=4, target_modules=TARGETS[family], init_lora_weights=False))
+    names = [name.removeprefix("base_model.model.").removesuffix(".base_layer") for name in named_linears(adapted)]
+    assert names == expected
+    assert any(name.endswith(".base_layer") for name in named_linears(adapted))
+    before = {name: p.clone() for name, p in adapted.named_parameters() if "lora_" in name}
+    prune(adapted, torch.randint(128, (4, 24)), sparsity=0.4, tile=16, progress=False)
+    assert before.keys() == {name for name, p in adapted.named_parameters() if "lora_" in name and torch.equal(p, before[name])}
+    masked = logits(adapted)
+    convert(adapted)
+    assert sum(isinstance(m, PatchLinear) for m in adapted.modules()) == len(expected)
+    torch.testing.assert_close(logits(adapted), masked, rtol=1e-4, atol=1e-4)

@@ -24,6 +24,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("both/a.gguf", ""),
         ("both/config.json", "{}"),
         ("none/readme.txt", ""),
+        ("adapter/adapter_config.json", "{}"),
         ("file.txt", ""),
         ("org/name/config.json", "{}"),
     ):
@@ -62,6 +63,7 @@ def test_names(here: Path, given: str, kind: str, name: str) -> None:
     ("given", "message"),
     [
         ("none", "model directory 'none' holds neither config.json nor a .gguf file"),
+        ("adapter", "model directory 'adapter' holds an adapter of PEFT, not a model: merge it into its base model"),
         ("two", "holds 2 .gguf files; name one of a.gguf, b.gguf"),
         ("file.txt", "model 'file.txt': no such directory or .gguf file"),
         ("./gone", "no such directory or .gguf file"),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from learning.budget import Budget
@@ -297,6 +299,38 @@ def test_an_interrupt_leaves_whole_layers(monkeypatch: pytest.MonkeyPatch) -> No
 )
 def test_bad_input_is_refused_and_changes_nothing(options: dict[str, Any], message: str) -> None:
     check_refused(quiet, options, message)
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        (Budget(0.3, rules=(("nothing_like_it", 0.2),)), "no layer is left for it"),
+        (Budget(0.05, rules=(("mlp", 0.5),)), "without a rule can add"),
+    ],
+)
+def test_a_budget_out_of_reach_is_refused_before_the_calibration(budget: Budget, message: str, monkeypatch) -> None:
+    monkeypatch.setattr("learning.prune.calibrate", None)  # hours, on a large model
+    with pytest.raises(ValueError, match=message):
+        quiet(tiny_model("llama"), random_windows(), sparsity=budget, tile=16)
+
+
+def test_experts_in_one_tensor_stay_dense_and_it_is_said() -> None:
+    config = transformers.MixtralConfig(
+        vocab_size=128, hidden_size=48, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    experts = {name: p.clone() for name, p in model.named_parameters() if p.dim() == 3}
+    if not experts:
+        pytest.skip("this transformers keeps experts in linear layers")
+    count = sum(p.numel() for p in experts.values())
+    with pytest.warns(UserWarning, match=rf"{count:,} weights, 82% of the decoder blocks', are stacked .*experts"):
+        quiet(copy.deepcopy(model), random_windows(), sparsity=0.4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quiet(model, random_windows(), sparsity=0.4, exclude="experts")
+        quiet(tiny_model("llama"), random_windows(), sparsity=0.4)
+    assert all(torch.equal(p, experts[name]) for name, p in model.named_parameters() if name in experts)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 from functools import cache
@@ -129,6 +130,7 @@ def test_a_finished_run_is_finished(tmp_path, seed):
     assert second.validations == first.validations
     assert same_bits(again.learned(), run.learned())
     assert again.masks.harden().moved == run.masks.harden().moved
+    assert steps_of(tmp_path) == [1, 2, 3, 4, 5, 6, 6]  # the last is the validation, which is on record once
 
 
 def test_what_is_not_the_same_run_is_refused(tmp_path, seed):
@@ -146,6 +148,20 @@ def test_what_is_not_the_same_run_is_refused(tmp_path, seed):
     state.write_text(json.dumps(record | {"sharded": True, "processes": 2}))
     with pytest.raises(ValueError, match="shared out over 2 processes, this run has 1"):
         Run("tile", seed, steps=2).train(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("file", ["state.json", "masks.safetensors", "optimizer-0.pt"])
+@pytest.mark.parametrize("left", [0, 20])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(tmp_path, seed, file, left):
+    Run("tile", seed).train(tmp_path, save_every=2)
+    newest = tmp_path / "checkpoints" / "step-00000006"
+    (newest / file).write_bytes((newest / file).read_bytes()[:left])
+    with pytest.raises(ValueError, match=rf"step-00000006: its {file} cannot be read .* remove that directory"):
+        Run("tile", seed).train(tmp_path, resume=True)
+    shutil.rmtree(newest)
+    resumed = Run("tile", seed)
+    resumed.train(tmp_path, resume=True)
+    assert same_bits(resumed.learned(), undisturbed("tile", seed)[0].learned())
 
 
 def test_a_failed_save_leaves_the_older_checkpoints(tmp_path, seed, monkeypatch):

@@ -229,7 +229,7 @@ def test_command(base, three_files, tmp_path, capsys):
         (["--tasks", "x.jsonl", "--limit", "0"], "not a positive integer"),
         (["--tasks", "x.jsonl", "--num-fewshot", "-1"], "is not a number of examples"),
         (["--tasks", "x.jsonl"], "task file 'x.jsonl' cannot be read"),
-        (["--tasks", ""], "task '' is neither"),
+        (["--tasks", " ,"], "--tasks names no task"),
     ],
 )
 def test_command_refuses_before_the_model_is_loaded(options, message, capsys, monkeypatch, hub, tmp_path):

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from patch_compiler.artifact import load_masks
 from patch_compiler.atomic import atomic_file
 from patch_compiler.linears import apply_masks
 
@@ -19,7 +18,17 @@ from ..data import describe_source, token_stream
 from ..evaluation.perplexity import CONTEXT, Perplexity, perplexity
 from ..evaluation.zero_shot import PAPER_TASKS, LoadedTasks, ZeroShot, load_tasks, zero_shot
 from ..models import check_context, load_model
-from .options import DTYPES, MODEL_HELP, add_dtype_and_device, add_quiet, check_writable, default_device, positive, versions
+from .options import (
+    DTYPES,
+    MODEL_HELP,
+    add_dtype_and_device,
+    add_quiet,
+    check_writable,
+    default_device,
+    positive,
+    read_masks,
+    versions,
+)
 
 _BATCH_SIZE = 8
 _OF_TEXT = ("context", "stride", "limit_tokens")
@@ -63,7 +72,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     tasks = _check(args)
-    masks = load_masks(args.mask).masks if args.mask is not None else None  # a bad file shows before the model is loaded
+    masks = read_masks(args.mask) if args.mask is not None else None  # a bad file shows before the model is loaded
     loaded = load_model(args.model, DTYPES[args.dtype], "cpu")
     ids = None
     if tasks is None or args.text is not None:
@@ -117,7 +126,12 @@ def _check(args: argparse.Namespace) -> LoadedTasks | None:
         raise ValueError(
             'torch.compile does not know the backend "patch": install the package (pip install .), it registers itself'
         )
-    return load_tasks([name.strip() for name in args.tasks.split(",")], args.num_fewshot) if args.tasks is not None else None
+    if args.tasks is None:
+        return None
+    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    if not names:
+        raise ValueError("--tasks names no task")
+    return load_tasks(names, args.num_fewshot)
 
 
 def _perplexity(args: argparse.Namespace, result: Perplexity, tokens: int, seconds: float) -> dict[str, Any]:

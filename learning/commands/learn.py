@@ -8,17 +8,18 @@ import json
 import math
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from patch_compiler.artifact import load_masks
 from patch_compiler.atomic import atomic_file
 from patch_compiler.hard_mask import HardMask
 from patch_compiler.tile_map import TileKind
 
+from ..budget import check_budget
 from ..data import describe_source, token_stream, token_windows
 from ..models import LoadedModel, check_context, load_model
 from ..one_shot import METHODS
@@ -26,15 +27,16 @@ from ..prune_checks import checked_linears, shape_of
 from ..prune_result import PrunedLayer, PruneResult
 from ..soft_masks.learn_config import LearnConfig
 from ..soft_masks.learned_masks import Hardened, LearnedMasks
-from ..soft_masks.priors import find_start
+from ..soft_masks.priors import check_start, find_start, lacks_patterns
 from ..soft_masks.start_file import is_saved, load_start, save_start
 from ..token_file import TokenFile, tokenise
 from ..training.distributed import Ranks, processes
 from ..training.loop import TrainResult, check_run, train
 from ..training.next_token_loss import mean_loss
+from ..training.state import first_difference
 from ..training.stop_request import Stopped
 from .learn_options import add_options, config_of
-from .options import DTYPES, check_writable
+from .options import DTYPES, check_writable, read_masks
 from .pruned_output import PrunedOutput, check_places
 
 EXIT_STOPPED = 75  # "try again": the run is saved and can be resumed
@@ -57,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     config = config_of(args)
     check_places(args.model, args.output, args.overwrite)
     directory = args.run_dir or args.output.with_name(args.output.name + ".run")
-    masks = load_masks(args.mask_from).masks if args.mask_from is not None else None  # a bad file shows at once
+    masks = read_masks(args.mask_from) if args.mask_from is not None else None  # a bad file shows at once
     try:
         with processes(args.device) as ranks:
             _Command(args, config, directory, masks, ranks).run()
@@ -78,6 +80,8 @@ class _Command:
         self.args, self.config, self.directory, self.masks, self.ranks = args, config, directory, masks, ranks
         self.progress = ranks.first and not args.quiet
         self.begun = time.perf_counter()
+        self.pattern_method = "none"  # one-shot method that patterns come from
+        self.opened = False  # whether this command made the run
 
     def run(self) -> None:
         learned = self.learn()
@@ -87,22 +91,30 @@ class _Command:
             torch.cuda.empty_cache()
         self.ranks.first_does(lambda: self.finish(*learned))
 
-    def learn(self) -> tuple[Hardened, TrainResult, float, TokenFile, int]:
-        """(masks, what training reported, the dense model's perplexity, text, validation windows)."""
+    def learn(self) -> tuple[Hardened, int, TrainResult, float, TokenFile, int]:
+        """(masks, tiles in which budget and signs differ, what training reported, the dense model's perplexity, text,
+        validation windows)."""
         args, config, ranks = self.args, self.config, self.ranks
         check_run(config, ranks, args.tensorboard, args.wandb is not None)
         loaded = self.load()
         check_context(loaded.model, config.context)
         linears = checked_linears(loaded.model, args.include, args.exclude)
         shapes = {name: shape_of(module) for name, module in linears.items()}
-        config.budget.parts(shapes)  # refuses what is out of reach
+        check_budget(config.budget, shapes, config.tile)
+        check_start(config, shapes, self.masks, args.pattern_method)
+        if lacks_patterns(shapes, self.masks):
+            self.pattern_method = args.pattern_method
         ranks.first_does(lambda: self.open_directory(loaded))
-        validation = validation_windows(loaded.tokenizer, args.validation, args.validation_windows, config.context)
-        tokens = self.tokens(loaded)
-        if ranks.first:
-            self.describe(loaded, tokens, validation.shape[0])
-        # the first process alone looks: others may see its files appear while it is at work
-        ranks.first_does(lambda: None if is_saved(self.directory) else self.find_start(loaded, shapes))
+        try:
+            validation = validation_windows(loaded.tokenizer, args.validation, args.validation_windows, config.context)
+            tokens = self.tokens(loaded)
+            if ranks.first:
+                self.describe(loaded, tokens, validation.shape[0])
+            # the first process alone looks: others may see its files appear while it is at work
+            ranks.first_does(lambda: None if is_saved(self.directory) else self.find_start(loaded, shapes))
+        except BaseException:
+            self.close_directory()
+            raise
         start = load_start(self.directory, shapes)
         model = loaded.model.to(ranks.device)
         dense = math.exp(min(mean_loss(model, validation, ranks), 700.0))
@@ -112,8 +124,10 @@ class _Command:
             validate_every=args.validate_every, save_every=args.save_every, ranks=ranks, progress=self.progress,
             tensorboard=args.tensorboard, wandb=args.wandb,
         )  # fmt: skip
+        exact = masks.harden()
         # PATCH's code takes each tile by its logit's sign, whatever sparsity that gives
-        return masks.harden(sign_rule=config.compat == "patch"), result, dense, tokens, validation.shape[0]
+        written = masks.harden(sign_rule=True) if config.compat == "patch" else exact
+        return written, exact.moved, result, dense, tokens, validation.shape[0]
 
     # ---- before
 
@@ -131,7 +145,7 @@ class _Command:
             "data": [describe_source(source) for source in args.data],
             "include": args.include, "exclude": args.exclude,
             "mask_from": args.mask_from.name if args.mask_from is not None else None,
-            "pattern_method": args.pattern_method if args.mask_from is None else None,
+            "pattern_method": self.pattern_method,
             "calibration": [describe_source(args.calibration), args.samples, self.calibration_context()],
             "config": json.loads(json.dumps(self.config.as_json())),
         }  # fmt: skip
@@ -140,15 +154,28 @@ class _Command:
         if file.is_file():
             if not args.resume:
                 raise ValueError(f"run {self.directory}: holds a run; go on with it by --resume, or name another directory")
-            then = json.loads(file.read_text(encoding="utf-8"))
-            differing = [name for name in settings if then.get(name) != settings[name]]
-            if differing:
-                name = differing[0]
-                raise ValueError(f"run {self.directory}: its {name} is {then.get(name)}, now it is {settings[name]}")
+            try:
+                then = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(
+                    f"run {self.directory}: its {file.name} is damaged ({error}); name another directory"
+                ) from None
+            found = first_difference(then, settings)
+            if found is not None:
+                raise ValueError(f"run {self.directory}: its {found[0]} is {found[1]!r}, now it is {found[2]!r}")
             return
         check_writable(self.directory)
         with atomic_file(file) as partial:
             partial.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        self.opened = True
+
+    def close_directory(self) -> None:
+        """A run that ends before it has found a start holds nothing: the next command may name the directory again."""
+        if not self.opened or is_saved(self.directory):
+            return
+        (self.directory / SETTINGS).unlink(missing_ok=True)
+        with suppress(OSError):  # somebody else's files are there
+            self.directory.rmdir()
 
     def calibration_context(self) -> int:
         return min(self.args.calibration_context or 2048, self.config.context)
@@ -170,8 +197,8 @@ class _Command:
 
     def find_start(self, loaded: LoadedModel, shapes: dict[str, tuple[int, int]]) -> None:
         args, config = self.args, self.config
-        method = "none" if self.masks is not None else args.pattern_method
-        needed = (config.mode != "maskllm" and config.tile_prior != "none") or (
+        method = self.pattern_method
+        needed = (config.mode != "maskllm" and config.tile_prior in ("loss", "survivors")) or (
             method != "none" and METHODS[method].needs != "nothing"
         )
         windows = None
@@ -196,30 +223,41 @@ class _Command:
 
     # ---- after
 
-    def finish(self, hardened: Hardened, result: TrainResult, dense: float, tokens: TokenFile, windows: int) -> None:
+    def finish(
+        self, hardened: Hardened, differing: int, result: TrainResult, dense: float, tokens: TokenFile, windows: int
+    ) -> None:
         args, config = self.args, self.config
         last = result.validations[-1]
-        perplexities = {"dense": dense, "learned": last.hard, "soft": last.soft, "sign_rule": last.sign_rule}
+        by_sign = config.compat == "patch"
+        assert last.sign_rule is not None  # measured after the last step
+        learned = last.sign_rule if by_sign else last.hard
+        perplexities = {
+            "dense": dense, "learned": learned, "soft": last.soft, "on_budget": last.hard, "sign_rule": last.sign_rule,
+        }  # fmt: skip
+        sources = (args.mask_from.name if args.mask_from is not None else None, self.pattern_method)
         settings = {
             "include": args.include,
             "exclude": args.exclude,
             "learning": json.loads(json.dumps(config.as_json())),
             "data": {"source": tokens.name, "tokens": tokens.ids.size, "sha256": tokens.digest},
-            "start": args.mask_from.name if args.mask_from is not None else args.pattern_method,
+            "start": [source for source in sources if source not in (None, "none")],
             "validation": {
                 "source": describe_source(args.validation, "test"), "windows": windows, "context": config.context,
                 "perplexity": perplexities,
             },
-            "tiles": {"all": hardened.tiles, "moved_to_meet_the_budget": hardened.moved},
+            "tiles": {"all": hardened.tiles, "rule": "sign" if by_sign else "budget", "budget_and_sign_differ": differing},
             "processes": self.ranks.world,
             "device": self.ranks.device.type,
         }  # fmt: skip
         output = PrunedOutput(self.load(), _pruned(hardened, config))
         output.write(args.output, settings, time.perf_counter() - self.begun)
         output.show(args.output)
-        print(f"perplexity on the validation windows: dense {dense:.4f}, learned {last.hard:.4f}", end="")
-        print(f" (soft {last.soft:.4f}, by the signs of the logits {last.sign_rule:.4f})")
-        print(f"{hardened.moved} of {hardened.tiles} tiles differ from their logit's sign, to meet the budget exactly")
+        other = f"exactly on budget {last.hard:.4f}" if by_sign else f"by the signs of the logits {last.sign_rule:.4f}"
+        print(f"perplexity on the validation windows: dense {dense:.4f}, learned {learned:.4f} (soft {last.soft:.4f}, {other})")
+        if by_sign:
+            print(f"every tile is what its logit's sign says; {differing} of {hardened.tiles} would differ exactly on budget")
+        else:
+            print(f"{differing} of {hardened.tiles} tiles differ from their logit's sign, to meet the budget exactly")
 
 
 def validation_windows(tokenizer: Any, source: str | None, count: int, context: int) -> Tensor:

@@ -36,7 +36,10 @@ _RAMPS = {
 }
 _CHOICES: dict[str, tuple[Any, str]] = {
     "training_budget": (TrainingBudget, "hold the expected density exactly, or punish what is off (PATCH)"),
-    "tile_prior": (TilePrior, "which tiles are dense at first: by the loss they save, by surviving weights (PATCH), none"),
+    "tile_prior": (
+        TilePrior,
+        "which tiles are dense at first: by the loss they save, by surviving weights (PATCH), those of --mask-from, none",
+    ),
     "precision": (Precision, "of pattern logits and their optimizer state; compact needs patch-compiler[learn]"),
     "compat": (Compat, "make the choices of PATCH's public code"),
 }
@@ -66,10 +69,12 @@ def add_options(parser: Any) -> None:
     text.add_argument("--validation-windows", metavar="N", type=positive, default=16, help="how much of it, default 16")
 
     start = parser.add_argument_group("start")
-    start.add_argument("--mask-from", metavar="MASK", type=Path, help="2:4 patterns from this mask file, 2:4 in every tile")
+    start.add_argument(
+        "--mask-from", metavar="MASK", type=Path, help="2:4 patterns from the tiles of this mask file that are 2:4"
+    )
     start.add_argument(
         "--pattern-method", choices=sorted([*METHODS, "none"]), default="sparsegpt",
-        help="else from this one-shot method, default sparsegpt",
+        help="patterns that no mask file gives: from this one-shot method, default sparsegpt",
     )  # fmt: skip
     start.add_argument("--calibration", metavar="SOURCE", help="text for it; default: text shipped with the package")
     start.add_argument("--samples", type=positive, default=128, help="windows of it, default 128")

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from patch_compiler.artifact import load_masks
+from patch_compiler.hard_mask import HardMask
 from patch_compiler.tile_map import DEFAULT_TILE, normalize_tile
 
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -89,6 +91,13 @@ def check_writable(out: Path) -> None:
     parent = next(p for p in out.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise ValueError(f"output {out}: {parent} is not a directory one can write to")
+
+
+def read_masks(path: Path) -> dict[str, HardMask]:
+    """Masks of a mask file by module path. Raises ValueError (ArtifactError) or OSError for anything else."""
+    if path.suffix == ".npz":
+        raise ValueError(f"mask {path}: a file of another project; `python -m learning import-mask` makes a mask file of it")
+    return load_masks(path).masks
 
 
 def versions() -> dict[str, str]:

@@ -17,7 +17,7 @@ from ..budget import Budget
 
 Mode = Literal["tile", "joint", "maskllm"]
 TrainingBudget = Literal["projected", "penalty"]
-TilePrior = Literal["loss", "survivors", "none"]
+TilePrior = Literal["loss", "survivors", "mask", "none"]
 Precision = Literal["float32", "compact"]
 Compat = Literal["none", "patch"]
 
@@ -62,7 +62,8 @@ class LearnConfig:
     norm_reward: of the kept weights' squared norm, as a share of all weights' (PATCH) or a plain sum (maskllm).
     norm_decay: the reward falls to zero in a straight line over the run.
     prior_strength: how far priors lie apart, in standard deviations of the logits; init_std: of the logits' first values.
-    tile_prior: "loss" by what each tile saves; "survivors" by an unstructured mask, each layer alike (PATCH); "none".
+    tile_prior: "loss" by what each tile saves; "survivors" by an unstructured mask, each layer alike (PATCH); "mask": those
+        that are dense in the masks to start from; "none".
     shared_noise: the micro-batches of a step see one sample of the masks instead of one each.
     precision: "float32" keeps pattern logits and AdamW's state in float32; "compact" in bfloat16, rounded stochastically,
         with 8-bit state (needs patch-compiler[learn]).
@@ -122,7 +123,8 @@ class LearnConfig:
         if self.compat == "patch" and self.training_budget == "projected":
             raise ValueError("training_budget 'projected': PATCH's code, compat 'patch', has the penalty only")
         if self.mode == "maskllm" and self.budget != Budget(0.5):
-            raise ValueError(f"budget {self.budget}: maskllm learns 2:4 in every tile, sparsity 0.5 and nothing else")
+            given = f"sparsity {self.budget.sparsity}" if self.budget.sparsity != 0.5 else "a budget by layer or by rule"
+            raise ValueError(f"{given}: maskllm learns 2:4 in every tile, sparsity 0.5 and nothing else")
         if not 0 <= self.seed < 1 << 32:
             raise ValueError(f"seed {self.seed!r}: 0 to 2^32 - 1")
 

@@ -27,7 +27,7 @@ from patch_compiler.masks import apply_mask_
 from patch_compiler.tile_map import TileKind, TileMap
 
 from ..budget import allocate_dense_tiles
-from ..prune_checks import checked_linears, shape_of
+from ..prune_checks import checked_linears, shape_of, warn_of_stacked_weights
 from .draw import Relaxation
 from .gumbel import masked_linear, masked_weight, tile_gates
 from .learn_config import LearnConfig
@@ -84,6 +84,7 @@ class LearnedMasks:
     ) -> None:
         self.config = config
         linears = checked_linears(model, include, exclude)
+        warn_of_stacked_weights(model, include, exclude)
         self.shapes = {name: shape_of(module) for name, module in linears.items()}
         self._layers = _layers_of(linears, self.shapes, config.tile)
         self._check(start)

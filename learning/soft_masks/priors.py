@@ -1,4 +1,4 @@
-"""Where learning begins: 2:4 patterns from a one-shot method or a mask file, dense tiles by what they save, as first logits."""
+"""Where learning begins: 2:4 patterns from a one-shot method or a mask file, dense tiles from there or by what they save."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from patch_compiler.hard_mask import HardMask, to_tiles
 from patch_compiler.linears import named_linears
 from patch_compiler.masks import PATTERNS, expand_codes
-from patch_compiler.tile_map import TileKind, TileMap
+from patch_compiler.tile_map import GROUP, TileKind, TileMap
 
 from ..budget import allocate_dense_tiles
 from ..calibration import Calibration, calibrate
@@ -50,29 +50,29 @@ def find_start(
 ) -> Start:
     """2:4 patterns and preferred tiles for a dense model.
 
-    masks: 2:4 masks made elsewhere, used as they are. Else `pattern_method` prunes a copy of the model 2:4 and its choice of
-    patterns is kept (its weights are not); "none": no patterns, for the modes that learn them. windows: int64
-    [count, context] to calibrate on, needed by the method or by the prior of tiles. calibration: of the prior of tiles, if it
-    was made before.
+    masks: made elsewhere; the patterns of their 2:4 tiles are used as they are. What they do not know, and all patterns without
+    them, comes from `pattern_method`: it prunes a copy of the model 2:4 and its choice of patterns is kept (its weights are
+    not); "none": no patterns, for the modes that learn them. windows: int64 [count, context] to calibrate on, needed by the
+    method or by the prior of tiles. calibration: of the prior of tiles, if it was made before.
 
-    Raises ValueError if masks do not cover the layers with 2:4 tiles, or if something that is needed is missing.
+    Raises ValueError as `check_start`, or if something else that is needed is missing.
     """
     linears = named_linears(model, include, exclude)
     shapes = {name: shape_of(module) for name, module in linears.items()}
-    if masks is not None:
-        codes = {name: _codes(name, shape, masks) for name, shape in shapes.items()}
-    elif pattern_method == "none":
-        if config.mode == "tile":
-            raise ValueError("mode 'tile' needs 2:4 patterns: masks, or a pattern method")
-        codes = None
-    else:
+    check_start(config, shapes, masks, pattern_method)
+    codes = None
+    if pattern_method != "none" and lacks_patterns(shapes, masks):
         pruned = prune(
             copy.deepcopy(model), windows, method=pattern_method, pattern="2:4", include=include, exclude=exclude,
             device=device, progress=progress,
         )  # fmt: skip
         codes = {name: mask.codes for name, mask in pruned.masks.items()}
+    if masks is not None:
+        codes = {name: _codes(masks[name], None if codes is None else codes[name]) for name in shapes}
     if config.mode == "maskllm" or config.tile_prior == "none":
         return Start(codes, None)
+    if config.tile_prior == "mask" and masks is not None:
+        return Start(codes, {name: _dense_tiles(masks[name].tile_map, config.tile) for name in shapes})
     if calibration is None:
         if windows is None:
             raise ValueError(f"tile_prior {config.tile_prior!r} needs calibration windows; without them use 'none'")
@@ -89,16 +89,49 @@ def find_start(
     )
 
 
-def _codes(name: str, shape: tuple[int, int], masks: Mapping[str, HardMask]) -> Tensor:
-    if name not in masks:
-        raise ValueError(f"{name}: the given masks know nothing about it; they have {', '.join(list(masks)[:3])}, ...")
-    mask = masks[name]
-    if mask.tile_map.shape != shape:
-        raise ValueError(f"{name} is {shape[0]}x{shape[1]}, its mask {mask.tile_map.shape[0]}x{mask.tile_map.shape[1]}")
-    others = mask.tile_map.kinds.numel() - mask.tile_map.count(TileKind.SPARSE24)
-    if others:
-        raise ValueError(f"{name}: {others} tiles of its mask are not 2:4; learning starts from masks that are 2:4 everywhere")
-    return mask.codes
+def lacks_patterns(shapes: Mapping[str, tuple[int, int]], masks: Mapping[str, HardMask] | None) -> bool:
+    """Whether some tile of these layers has no 2:4 patterns in the masks, which know of all of them."""
+    return masks is None or any(_not_sparse24(masks[name]) for name in shapes)
+
+
+def check_start(
+    config: LearnConfig, shapes: Mapping[str, tuple[int, int]], masks: Mapping[str, HardMask] | None, pattern_method: str
+) -> None:
+    """Raises ValueError if masks do not cover the layers, or if patterns or tiles are wanted that nothing gives."""
+    if masks is None:
+        if pattern_method == "none" and config.mode == "tile":
+            raise ValueError("mode 'tile' needs 2:4 patterns: masks, or a pattern method")
+        if config.tile_prior == "mask" and config.mode != "maskllm":
+            raise ValueError("tile_prior 'mask': there are no masks to start from; name some, or another prior")
+        return
+    for name, (m, k) in shapes.items():
+        if name not in masks:
+            raise ValueError(f"{name}: the given masks know nothing about it; they have {', '.join(list(masks)[:3])}, ...")
+        there = masks[name].tile_map.shape
+        if there != (m, k):
+            raise ValueError(f"{name} is {m}x{k}, its mask {there[0]}x{there[1]}")
+        if pattern_method == "none" and (others := _not_sparse24(masks[name])):
+            raise ValueError(
+                f"{name}: {others} tiles of its mask are not 2:4 and have no patterns; name a pattern method for them"
+            )
+
+
+def _not_sparse24(mask: HardMask) -> int:
+    return mask.tile_map.kinds.numel() - mask.tile_map.count(TileKind.SPARSE24)
+
+
+def _codes(mask: HardMask, others: Tensor | None) -> Tensor:
+    """The mask's patterns, the others where its tiles are not 2:4."""
+    if others is None:
+        return mask.codes
+    return torch.where(mask.tile_map.group_kinds() == int(TileKind.SPARSE24), mask.codes, others.to(mask.codes.device))
+
+
+def _dense_tiles(tile_map: TileMap, tile: tuple[int, int]) -> TileMap:
+    """The same dense tiles in tiles of another size, where half of the weights decide."""
+    found = TileMap.full(tile_map.shape, TileKind.SPARSE24, tile)
+    dense = (tile_map.group_kinds() == int(TileKind.DENSE)).repeat_interleave(GROUP, 1)[:, : tile_map.shape[1]]
+    return TileMap.from_dense(tile_map.shape, 2 * to_tiles(dense, tile).sum((2, 3)) >= found.areas(), tile)
 
 
 def _survivors(

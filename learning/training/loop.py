@@ -109,8 +109,8 @@ def check_run(config: LearnConfig, ranks: Ranks, tensorboard: bool = False, wand
     together = config.micro_batch * ranks.world
     if config.batch % together:
         raise ValueError(
-            f"batch {config.batch}: not a multiple of {together}, which {ranks.world} processes with micro-batches of "
-            f"{config.micro_batch} take at once"
+            f"batch {config.batch}: not a multiple of {together}: micro-batches of {config.micro_batch} on {ranks.world} "
+            f"process{'es' if ranks.world > 1 else ''}"
         )
     check_optimizer(config)
     check_loggers(tensorboard, wandb)
@@ -178,8 +178,8 @@ class _Loop:
                 )
             if stop:
                 raise Stopped(done, self.directory is not None)
-        if first == config.steps:  # resumed a run that had ended
-            self._validate(result, log, last=True)
+        if first == config.steps:  # resumed a run that had ended, with this on record
+            self._validate(result, None, last=True)
         self.masks.sample(config.steps, 0)  # hardening counts from the last scale
         result.seconds = time.perf_counter() - begun
         return result
@@ -240,7 +240,7 @@ class _Loop:
 
     # ---- validation
 
-    def _validate(self, result: TrainResult, log: TrainingLog, last: bool) -> None:
+    def _validate(self, result: TrainResult, log: TrainingLog | None, last: bool) -> None:
         if self.validation is None:
             return
         step = result.steps
@@ -254,7 +254,8 @@ class _Loop:
                 sign_rule = self._perplexity()
         result.validations.append(Validation(step, soft, hard, sign_rule))
         values = {"validation_soft": soft, "validation_hard": hard}
-        log.validation(step, values | ({"validation_sign_rule": sign_rule} if sign_rule is not None else {}))
+        if log is not None:
+            log.validation(step, values | ({"validation_sign_rule": sign_rule} if sign_rule is not None else {}))
 
     def _perplexity(self) -> float:
         assert self.validation is not None

@@ -13,12 +13,15 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..soft_masks.learn_config import LearnConfig
@@ -45,8 +48,9 @@ def latest(run: Path) -> Checkpoint | None:
     found = sorted(run.glob(f"{_CHECKPOINTS}/step-*/{_STATE}"))
     if not found:
         return None
-    record = json.loads(found[-1].read_text(encoding="utf-8"))
-    return Checkpoint(found[-1].parent, record["step"], record)
+    with _damaged(found[-1]):
+        record = json.loads(found[-1].read_text(encoding="utf-8"))
+        return Checkpoint(found[-1].parent, record["step"], record)
 
 
 def save(
@@ -99,11 +103,9 @@ def save(
 
 def check(found: Checkpoint, config: LearnConfig, tokens: TokenFile, ranks: Ranks, sharded: bool) -> None:
     """Raises ValueError naming what a checkpoint was made with and is different now."""
-    then, now = found.record["config"], json.loads(json.dumps(config.as_json()))
-    differing = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
-    if differing:
-        name = differing[0]
-        raise ValueError(f"checkpoint {found.path.name}: its {name} is {then.get(name)!r}, this run's {now.get(name)!r}")
+    differing = first_difference(found.record["config"], json.loads(json.dumps(config.as_json())))
+    if differing is not None:
+        raise ValueError(f"checkpoint {found.path.name}: its {differing[0]} is {differing[1]!r}, this run's {differing[2]!r}")
     if found.record["text"] != tokens.digest or found.record["context"] != tokens.context:
         raise ValueError(f"checkpoint {found.path.name}: it was trained on other tokens than {tokens.name} gives now")
     if (sharded or found.record["sharded"]) and found.record["processes"] != ranks.world:
@@ -113,15 +115,43 @@ def check(found: Checkpoint, config: LearnConfig, tokens: TokenFile, ranks: Rank
         )
 
 
+def first_difference(then: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:
+    """(name, value then, value now) of the first setting that differs between two records, "budget.sparsity" of nested ones."""
+    if not (isinstance(then, dict) and isinstance(now, dict)):
+        return None if then == now else (name, then, now)
+    for key in sorted(then.keys() | now.keys()):
+        found = first_difference(then.get(key), now.get(key), f"{name}.{key}" if name else key)
+        if found is not None:
+            return found
+    return None
+
+
 def load_masks_state(found: Checkpoint, masks: LearnedMasks) -> None:
     """Before parameters are shared out."""
-    masks.load_state_dict(load_file(found.path / _MASKS))
+    with _damaged(found.path / _MASKS):
+        state = load_file(found.path / _MASKS)
+    masks.load_state_dict(state)
 
 
 def load_optimizer_state(found: Checkpoint, optimizer: LearnedOptimizer, ranks: Ranks, sharded: bool) -> None:
     path = found.path / f"optimizer-{ranks.rank if sharded else 0}.pt"
     # on the CPU: AdamW moves its large tensors itself, and its counters have to stay there
-    optimizer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    with _damaged(path):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(state)
+
+
+@contextmanager
+def _damaged(file: Path) -> Iterator[None]:
+    """What goes wrong while one file is read, as a ValueError that says how to go on."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, UnpicklingError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"checkpoint {file.parent}: its {file.name} cannot be read ({reason}); remove that directory, and --resume goes on "
+            "from the checkpoint before it, if there is one"
+        ) from error
 
 
 def _versions(ranks: Ranks) -> dict[str, str]:
