@@ -120,6 +120,14 @@ def allocate_dense_tiles(
     return {name: found[name] for name in layouts}
 
 
+def check_budget(shapes: Mapping[str, tuple[int, int]], budget: Budget | float, tile: int | tuple[int, int]) -> None:
+    """Raises the ValueErrors of `allocate_dense_tiles` about the budget, for which no scores are needed."""
+    if not isinstance(budget, Budget):
+        budget = Budget(budget)
+    for part in budget.parts(shapes):
+        dense_budget([TileMap.full(shapes[name], TileKind.SPARSE24, tile) for name in part.names], part.sparsity)
+
+
 def dense_budget(layouts: Sequence[TileMap], sparsity: float) -> tuple[Tensor, float]:
     """(zeros that each tile avoids if it is dense, int64 [tiles]; how many zeros the dense tiles are to avoid together).
 

@@ -22,7 +22,7 @@ from patch_compiler.linears import attach_mask, weight_of
 from patch_compiler.tile_map import DEFAULT_TILE, TileKind, TileMap, normalize_tile
 
 from .blocks import BlockRunner, check_windows
-from .budget import Budget, allocate_dense_tiles, split_exactly
+from .budget import Budget, allocate_dense_tiles, check_budget, split_exactly
 from .calibration import Calibration, calibrate
 from .one_shot import METHODS, Pruned
 from .one_shot.proxsparse_training import ProxSparseTraining, learn_patterns
@@ -77,6 +77,9 @@ def prune(
         raise ValueError(f"a budget chooses dense tiles: it is for the hybrid pattern, for {pattern} name a sparsity")
     tile = normalize_tile(tile)
     linears = checked_linears(model, include, exclude)
+    shapes = {name: shape_of(module) for name, module in linears.items()}
+    if pattern == "hybrid" and share is not None:
+        check_budget(shapes, budget or share, tile)
     if windows is not None:
         check_windows(model, windows)
     needs = METHODS[method].needs
@@ -88,7 +91,6 @@ def prune(
 
     prune_tiles, prune_unstructured = METHODS[method].prune_tiles, METHODS[method].prune_unstructured
     known: Mapping[str, Any] = calibration.inputs if calibration is not None else {}
-    shapes = {name: shape_of(module) for name, module in linears.items()}
     prune_one: PruneOne
     if pattern == "unstructured":
         assert prune_unstructured is not None
