@@ -8,6 +8,7 @@ import json
 import math
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from patch_compiler.hard_mask import HardMask
 from patch_compiler.tile_map import TileKind
 
 from ..data import describe_source, token_stream, token_windows
-from ..models import LoadedModel, check_context, load_model
+from ..models import LoadedModel, check_context, default_context, load_model
 from ..one_shot import METHODS
 from ..prune_checks import checked_linears, shape_of
 from ..prune_result import PrunedLayer, PruneResult
@@ -34,7 +35,7 @@ from ..training.loop import TrainResult, check_run, train
 from ..training.next_token_loss import mean_loss
 from ..training.stop_request import Stopped
 from .learn_options import add_options, config_of
-from .options import DTYPES, check_writable
+from .options import DTYPES, check_space, check_writable
 from .pruned_output import PrunedOutput, check_places
 
 EXIT_STOPPED = 75  # "try again": the run is saved and can be resumed
@@ -89,10 +90,14 @@ class _Command:
 
     def learn(self) -> tuple[Hardened, TrainResult, float, TokenFile, int]:
         """(masks, what training reported, the dense model's perplexity, text, validation windows)."""
-        args, config, ranks = self.args, self.config, self.ranks
-        check_run(config, ranks, args.tensorboard, args.wandb is not None)
+        args, ranks = self.args, self.ranks
+        check_run(self.config, ranks, args.tensorboard, args.wandb is not None)
         loaded = self.load()
+        if args.context is None:  # the published one may be too long
+            self.config = replace(self.config, context=default_context(loaded.model, self.config.context))
+        config = self.config
         check_context(loaded.model, config.context)
+        check_space(args.output, loaded.model, 0.5)  # the most there is: PATCH's sign rule may leave its budget
         linears = checked_linears(loaded.model, args.include, args.exclude)
         shapes = {name: shape_of(module) for name, module in linears.items()}
         config.budget.parts(shapes)  # refuses what is out of reach
