@@ -7,12 +7,16 @@ interrupted. Nothing half-written is left behind.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
+from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from .commands import COMMANDS
@@ -36,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _terminated_as_interrupted():
             if not args.debug:
                 warnings.showwarning = _show_warning
             args.run(args)
@@ -49,12 +53,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = "try a smaller --context, --batch-size or --micro-batch, or --device cpu"
         print(f"error: {_one_line(error)} ({hint})", file=sys.stderr)
         return 2
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:  # the last: of a disk that is full
         if args.debug:
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM, which batch systems and containers send, raises as Ctrl-C does: what is half-written is removed."""
+    if threading.current_thread() is not threading.main_thread():  # elsewhere Python takes no signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _one_line(error: Exception) -> str:

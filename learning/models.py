@@ -75,12 +75,23 @@ def load_skeleton(name_or_path: str | os.PathLike[str]) -> nn.Module:
         return AutoModelForCausalLM.from_config(config)
 
 
+def default_context(model: nn.Module, wanted: int) -> int:
+    """Tokens of a window nobody named: as many as wanted, or as the model has positions for if they are fewer."""
+    limit = _positions(model)
+    return wanted if limit is None else min(wanted, limit)
+
+
 def check_context(model: nn.Module, context: int) -> None:
     """Raises ValueError if the model's positions end before `context` tokens."""
-    config = getattr(model, "config", None)
-    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) if config is not None else None
+    limit = _positions(model)
     if context < 1 or (limit is not None and context > limit):
         raise ValueError(f"a context of {context} tokens: {type(model).__name__} takes 1 to {limit}")
+
+
+def _positions(model: nn.Module) -> int | None:
+    """How many tokens the model has positions for, if its config says."""
+    config = getattr(model, "config", None)
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) if config is not None else None
 
 
 def _read_config(source: str) -> Any:

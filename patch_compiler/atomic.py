@@ -6,6 +6,7 @@ KeyboardInterrupt included, the partial is removed and the old target stays as i
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -138,12 +139,18 @@ def _finish(path: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """fsync a file or directory; a file system that cannot (some network mounts) is let through."""
+    """fsync a file or directory; a file system that cannot (some network mounts) is let through.
+
+    What a full or broken disk says here is raised: on network mounts it is the only place where it does.
+    """
     if os.name == "nt" and path.is_dir():
         return
-    with suppress(OSError):
+    try:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise

@@ -33,6 +33,8 @@ def convert(model: nn.Module, masks: Mapping[str, HardMask] | None = None) -> nn
     for name, module in linears.items():
         check_plain(name, module)
     if not linears:
+        if any(isinstance(module, PatchLinear) for module in model.modules()):
+            raise ValueError(f"{type(model).__name__}: its masked layers are packed already; no other one carries a mask")
         raise ValueError(f"{type(model).__name__}: no linear layer carries a mask; prune it or load a mask first")
     waiting = {module: (name, masks[name]) for name, module in linears.items()}
     linears.clear()

@@ -62,7 +62,9 @@ class PatchLinear(nn.Module):
 
     def settle(self) -> None:
         """Go over to the layout of the device after a loader has put canonical tensors of this map into the buffers."""
-        self._hold(store(PackedWeight(self.tile_map, self.values, self.indices)))
+        # an empty part of a file still has that file's address, and torch.export takes it for a slice of something
+        values, indices = (t if t.numel() else torch.empty_like(t) for t in (self.values, self.indices))
+        self._hold(store(PackedWeight(self.tile_map, values, indices)))
 
     @property
     def weight(self) -> Tensor:

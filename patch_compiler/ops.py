@@ -167,6 +167,21 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 library.register_autograd("patch::linear", _backward, setup_context=_setup_context, lib=_library)
 
 
+def _setup_context_dx(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, *packed, layout, m, k, tile_rows, tile_columns = inputs
+    ctx.save_for_backward(*packed)
+    ctx.sizes = layout, m, k, tile_rows, tile_columns
+
+
+def _backward_dx(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """Of dx = dy W with respect to dy: gradient penalties differentiate twice."""
+    dy = torch.ops.patch.linear(grad, *ctx.saved_tensors, None, [], *ctx.sizes) if ctx.needs_input_grad[0] else None
+    return dy, *[None] * 9
+
+
+library.register_autograd("patch::linear_dx", _backward_dx, setup_context=_setup_context_dx, lib=_library)
+
+
 def _register_autocast(device: str, key: str) -> None:
     """F.linear casts under autocast; an operator of ours does only if it says so."""
     excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))

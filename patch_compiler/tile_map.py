@@ -33,7 +33,8 @@ def normalize_tile(tile: int | tuple[int, int] | list[int]) -> tuple[int, int]:
 
     Raises ValueError: columns must hold whole 2:4 groups, or a group would straddle two tiles.
     """
-    rows, columns = (tile, tile) if isinstance(tile, int) else tile
+    pair = isinstance(tile, tuple | list) and len(tile) == 2
+    rows, columns = tile if pair else (tile, tile)  # type: ignore[misc]  # what is neither is refused below
     if not (isinstance(rows, int) and isinstance(columns, int) and rows >= 1 and columns >= GROUP and columns % GROUP == 0):
         raise ValueError(f"tile size {tile!r}: rows must be >= 1 and columns a positive multiple of {GROUP}")
     return int(rows), int(columns)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,23 @@ def test_atomic_file_leaves_nothing_half_written(tmp_path: Path, error: type[Bas
         assert (tmp_path / "file").read_text() == "old"
     assert (tmp_path / "file").read_text() == "new"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(("number", "kept"), [(errno.ENOSPC, "old"), (errno.EIO, "old"), (errno.EINVAL, "new")])
+def test_what_never_reached_the_disk_replaces_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kept: str
+) -> None:
+    """Network mounts say at fsync that they are full; some have no fsync at all."""
+
+    def fails(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    (tmp_path / "file").write_text("old")
+    monkeypatch.setattr(os, "fsync", fails)
+    with nullcontext() if kept == "new" else pytest.raises(OSError), atomic_file(tmp_path / "file") as partial:
+        partial.write_text("new")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == kept
 
 
 def test_atomic_file_needs_a_file(tmp_path: Path) -> None:

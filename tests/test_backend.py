@@ -311,6 +311,7 @@ def test_on_the_cpu_the_mask_is_folded_once() -> None:
         ({"options": {"nope": 1}}, "unknown option 'nope'; ours are"),
         ({"options": {"tile": 30}}, "tile size 30"),
         ({"options": {"kernel": "fast"}}, "kernel='fast': must be"),
+        ({"options": {"tile": "large"}}, "tile size 'large': rows"),
         ({"options": {"patch.strict": 1}}, "strict=1: must be True or False"),
     ],
 )

@@ -292,6 +292,10 @@ def test_what_is_not_the_files_fault_is_not_blamed_on_them(tmp_path: Path, monke
     save_compressed(model, tmp_path / "out")
     with pytest.raises(RuntimeError, match="device string: cdua"):
         load_compressed(tmp_path / "out", device="cdua")
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"maia|MAIA"):  # known to torch, not there
+        load_compressed(tmp_path / "out", device="maia")
+    with pytest.raises(ValueError, match="dtype 'bf61'"):
+        load_compressed(tmp_path / "out", dtype="bf61")
 
     def no_memory(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from learning.__main__ import main
+from learning.commands import options, pruned_output
 from learning.commands import prune as prune_command
-from learning.commands import pruned_output
 from learning.data import token_stream
 from learning.evaluation.perplexity import perplexity
 from learning.models import load_model
@@ -115,6 +120,13 @@ def test_magnitude_reads_no_text(base, tmp_path, monkeypatch):
     monkeypatch.setattr(prune_command, "token_windows", None)
     assert main(["prune", str(base), *PRUNE, "--method", "magnitude", "--tile", "16x32", "-o", str(tmp_path / "out")]) == 0
     assert {m.tile_map.tile for m in load_masks(tmp_path / "out" / "mask.safetensors").masks.values()} == {(16, 32)}
+
+
+def test_windows_are_no_longer_than_the_model_takes(base, tmp_path):
+    """Published sizes of windows are for models with thousands of positions; GPT-2 has 1024, this one 128."""
+    out = tmp_path / "out"
+    assert main(["prune", str(base), "--tile", "16", "--samples", "2", "--device", "cpu", "--quiet", "-o", str(out)]) == 0
+    assert json.loads((out / "pruning.json").read_text())["calibration"]["context"] == 128
 
 
 def test_the_same_run_gives_the_same_artifacts(base, pruned, tmp_path):
@@ -247,7 +259,7 @@ def refused(capsys, tmp_path: Path, *argv: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("given", "message"),
     [
         (["--method", "obs"], "invalid choice: 'obs'"),
         (["--pattern", "4:8"], "invalid choice: '4:8'"),
@@ -265,11 +277,13 @@ def refused(capsys, tmp_path: Path, *argv: str) -> str:
         (["--samples", "100000"], "is too short"),
         (["--calibration", "missing.txt"], "no such file or directory"),
         (["--device", "nothing"], "no torch device"),
+        (["--budget", "nothing_like_it=0.2"], "no layer is left for it"),
+        (["--budget", "mlp=0"], "without a rule can add"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
     ],
 )
-def test_prune_refuses(base, tmp_path, capsys, options, message):
-    assert message in refused(capsys, tmp_path, "prune", str(base), *PRUNE, *options, "-o", str(tmp_path / "out"))
+def test_prune_refuses(base, tmp_path, capsys, given, message):
+    assert message in refused(capsys, tmp_path, "prune", str(base), *PRUNE, *given, "-o", str(tmp_path / "out"))
 
 
 def test_bad_places_are_refused_before_the_model_is_loaded(base, pruned, tmp_path, capsys, monkeypatch):
@@ -290,6 +304,29 @@ def test_bad_places_are_refused_before_the_model_is_loaded(base, pruned, tmp_pat
     assert "not empty" in refused(capsys, tmp_path, "export", str(base), str(tmp_path / "full"))
 
 
+def test_what_the_disk_says_is_one_line(base, tmp_path, capsys, monkeypatch):
+    """Too little room shows before the work; a disk that fills up meanwhile, or has no room for files, after it."""
+    prune = ["prune", str(base), *PRUNE, "-o", str(tmp_path / "out")]
+    monkeypatch.setattr(options.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(prune_command, "prune", None)
+    assert "its disk has 1.00 kB free" in refused(capsys, tmp_path, *prune)
+    monkeypatch.undo()
+
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(pruned_output, "save_compressed", full)
+    assert main(prune) == 2
+    assert capsys.readouterr().err.endswith("No space left on device (os error 28)\n")
+    assert files(tmp_path) == set()
+    monkeypatch.setattr(options.tempfile, "TemporaryFile", full_of_files)
+    assert "not a directory one can write to (No space left" in refused(capsys, tmp_path, *prune)
+
+
+def full_of_files(dir: Path) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def test_other_bad_input(base, pruned, tmp_path, capsys):
     assert "no such directory" in refused(capsys, tmp_path, "evaluate", str(tmp_path / "none"))
     assert "takes 1 to 128" in refused(capsys, tmp_path, "evaluate", str(base), "--context", "2048")
@@ -306,6 +343,8 @@ def test_other_bad_input(base, pruned, tmp_path, capsys):
     assert "other.weight" in refused(capsys, tmp_path, *argv)
     argv = ["import-mask", str(base), str(base), "--format", "dense", "--tile", "16", "-o", str(tmp_path / "m.safetensors")]
     assert "no layer of it is sparse" in refused(capsys, tmp_path, *argv)
+    argv[1] = str(pruned)
+    assert "its masks lie in it, in mask.safetensors" in refused(capsys, tmp_path, *argv)
     assert "required" in refused(capsys, tmp_path)
 
 
@@ -328,17 +367,19 @@ def test_overwrite_replaces_an_earlier_output(base, tmp_path):
 
 
 @pytest.mark.parametrize(("module", "moment"), [(prune_command, "prune"), (pruned_output, "save_compressed")])
-def test_ctrl_c_leaves_nothing(base, tmp_path, capsys, monkeypatch, module, moment):
-    original = getattr(module, moment)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_nothing(base, tmp_path, capsys, monkeypatch, module, moment, number):
+    original, before = getattr(module, moment), signal.getsignal(number)
 
     def interrupted(*args, **kwargs):
         original(*args, **kwargs)
-        raise KeyboardInterrupt
+        signal.raise_signal(number)
 
     monkeypatch.setattr(module, moment, interrupted)
     assert main(["prune", str(base), *PRUNE, "-o", str(tmp_path / "sub" / "out")]) == 130
     assert files(tmp_path) == set()
     assert "interrupted" in capsys.readouterr().err
+    assert signal.getsignal(number) == before
 
 
 def ours(stderr: str) -> list[str]:

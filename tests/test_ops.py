@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import contextmanager
 
 import pytest
@@ -71,6 +72,19 @@ def test_gradients_reach_input_and_bias() -> None:
     module(x).mul(reference).sum().backward()
     assert relative_error(x.grad, reference @ weight) < 1e-12
     assert relative_error(module.bias.grad, reference.sum(0)) < 1e-12
+
+
+def test_gradients_of_gradients() -> None:
+    """Penalties of input gradients; PyTorch warns of an operator without a derivative, and will refuse it."""
+    module = layer(21, dtype=torch.float64)
+    x, weight = torch.randn(3, 44, dtype=torch.float64, requires_grad=True), module.dense_weight()
+    found = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for f in (module, lambda x: F.linear(x, weight, module.bias)):
+            (dx,) = torch.autograd.grad(f(x).pow(3).sum(), x, create_graph=True)
+            found += torch.autograd.grad(dx.pow(2).sum(), x)
+    assert relative_error(*found) < 1e-12
 
 
 def test_autocast_follows_linear() -> None:

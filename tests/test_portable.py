@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from patch_compiler import PatchLinear, convert, export, named_linears, pack
+from patch_compiler import PatchLinear, convert, export, load_compressed, named_linears, pack, save_compressed
 from patch_compiler.portable import _canonical
 from patch_compiler.stored import store
 
@@ -96,6 +96,17 @@ def test_export_needs_nothing_of_ours(case, tmp_path: Path) -> None:
     torch.export.save(program, file)
     torch.save((x, model(x)), data)
     assert float(run_python(LOAD_AND_RUN.format(file=str(file), data=str(data)), without=OURS)) < 1e-5
+
+
+@torch.no_grad()
+def test_a_loaded_model_with_dense_layers_is_saved(tmp_path: Path) -> None:
+    """Published maps leave k and v dense. Their index bytes are none, at an address of their own within the loaded file."""
+    model = packed(tiny_llama(), dense=1.0)
+    save_compressed(model, tmp_path / "model")
+    ids = torch.randint(0, 300, (2, 9))
+    program = export(Logits(load_compressed(tmp_path / "model")), (ids,))
+    torch.export.save(program, tmp_path / "model.pt2")
+    assert relative_error(torch.export.load(tmp_path / "model.pt2").module()(ids), Logits(model)(ids)) < 1e-5
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from learning import prune as prune_module
 from learning.budget import Budget
 from learning.calibration import calibrate
 from learning.one_shot import METHODS, Method, hessian
@@ -365,6 +366,15 @@ def test_a_calibration_of_another_model_is_refused() -> None:
     llama.gradients = None
     with pytest.raises(ValueError, match="gradients=True"):
         quiet(model, calibration=llama, sparsity=0.3)
+
+
+@pytest.mark.parametrize(
+    "budget", [Budget(0.3, rules=(("attn", 0.0), ("mlp", 0.1))), Budget(0.3, rules=(("zzz", 0.1),))], ids=str
+)
+def test_budgets_out_of_reach_show_before_the_calibration(budget: Budget, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prune_module, "calibrate", None)
+    with pytest.raises(ValueError, match="budget"):
+        quiet(tiny_model("llama"), random_windows(), method="wanda", sparsity=budget)
 
 
 @pytest.mark.parametrize("budget", [Budget(0.3, per_layer=True), Budget(0.3, rules=(("attn", 0.1),))], ids=str)

@@ -12,6 +12,7 @@ from torch import nn
 from patch_compiler.artifact import save_masks
 from patch_compiler.atomic import atomic_file
 from patch_compiler.hard_mask import HardMask
+from patch_compiler.hf import MASK_FILE, is_compressed
 from patch_compiler.importers import import_dense_zeros, import_maskllm_npz, import_patch_npz
 from patch_compiler.linears import get_linears, named_linears
 from patch_compiler.text_table import human_bytes
@@ -46,6 +47,8 @@ def run(args: argparse.Namespace) -> None:
     check_writable(args.output)
     if args.format != "dense" and not Path(args.file).is_file():
         raise ValueError(f"mask {args.file!r}: no such file")
+    if args.format == "dense" and is_compressed(args.file):
+        raise ValueError(f"{args.file}: is a packed model, no dense checkpoint; its masks lie in it, in {MASK_FILE}")
     skeleton = load_skeleton(args.model)
     masks = _read(args, skeleton)
     if not masks:

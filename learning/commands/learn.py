@@ -9,6 +9,7 @@ import math
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from patch_compiler.tile_map import TileKind
 
 from ..budget import check_budget
 from ..data import describe_source, token_stream, token_windows
-from ..models import LoadedModel, check_context, load_model
+from ..models import LoadedModel, check_context, default_context, load_model
 from ..one_shot import METHODS
 from ..prune_checks import checked_linears, shape_of
 from ..prune_result import PrunedLayer, PruneResult
@@ -36,7 +37,7 @@ from ..training.next_token_loss import mean_loss
 from ..training.state import first_difference
 from ..training.stop_request import Stopped
 from .learn_options import add_options, config_of
-from .options import DTYPES, check_writable, read_masks
+from .options import DTYPES, check_space, check_writable, read_masks
 from .pruned_output import PrunedOutput, check_places
 
 EXIT_STOPPED = 75  # "try again": the run is saved and can be resumed
@@ -94,10 +95,14 @@ class _Command:
     def learn(self) -> tuple[Hardened, int, TrainResult, float, TokenFile, int]:
         """(masks, tiles in which budget and signs differ, what training reported, the dense model's perplexity, text,
         validation windows)."""
-        args, config, ranks = self.args, self.config, self.ranks
-        check_run(config, ranks, args.tensorboard, args.wandb is not None)
+        args, ranks = self.args, self.ranks
+        check_run(self.config, ranks, args.tensorboard, args.wandb is not None)
         loaded = self.load()
+        if args.context is None:  # the published one may be too long
+            self.config = replace(self.config, context=default_context(loaded.model, self.config.context))
+        config = self.config
         check_context(loaded.model, config.context)
+        check_space(args.output, loaded.model, 0.5)  # the most there is: PATCH's sign rule may leave its budget
         linears = checked_linears(loaded.model, args.include, args.exclude)
         shapes = {name: shape_of(module) for name, module in linears.items()}
         check_budget(config.budget, shapes, config.tile)

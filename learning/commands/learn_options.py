@@ -17,7 +17,7 @@ _NUMBERS: dict[str, tuple[Any, str]] = {
     "steps": (positive, "optimizer steps"),
     "batch": (positive, "windows of a step, over all processes"),
     "micro_batch": (positive, "windows of a forward pass of a process"),
-    "context": (positive, "tokens of a window"),
+    "context": (positive, "tokens of a window; at most the model's maximum"),
     "lr": (float, "peak learning rate"),
     "warmup": (int, "steps to reach it"),
     "final_lr": (float, "of the last step, as a share of it"),

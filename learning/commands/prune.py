@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..budget import Budget
 from ..data import describe_source, token_windows
-from ..models import check_context, load_model
+from ..models import check_context, default_context, load_model
 from ..one_shot import METHODS
 from ..one_shot.proxsparse_training import ProxSparseTraining
 from ..prune import PATTERNS, prune
@@ -26,10 +26,13 @@ from .options import (
     add_dtype_and_device,
     add_layers,
     add_quiet,
+    check_space,
     default_device,
     positive,
 )
 from .pruned_output import PrunedOutput, check_places
+
+_CONTEXT = 2048
 
 
 def add_parser(commands: Any) -> None:
@@ -55,7 +58,9 @@ def add_parser(commands: Any) -> None:
         help="text file or directory, hub dataset id, or wikitext2; default: text shipped with the package",
     )
     calibration.add_argument("--samples", type=positive, default=128, help="windows, default 128")
-    calibration.add_argument("--context", type=positive, default=2048, help="tokens in a window, default 2048")
+    calibration.add_argument(
+        "--context", type=positive, help=f"tokens in a window; default {_CONTEXT}, or the model's maximum if less"
+    )
     calibration.add_argument("--seed", type=int, default=0, help="which windows of the text; default 0")
     training = parser.add_argument_group("training (proxsparse only)")
     training.add_argument("--lr", type=float, help="peak learning rate, default 1e-4")
@@ -77,7 +82,10 @@ def run(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     loaded = load_model(args.model, DTYPES[args.dtype])
     model, windows = loaded.model, None
+    # an unstructured model is written with its zeros
+    check_space(args.output, model, {"unstructured": 0.0, "2:4": 0.5}.get(args.pattern, args.sparsity))
     if METHODS[args.method].needs != "nothing":
+        args.context = args.context or default_context(model, _CONTEXT)
         check_context(model, args.context)
         windows = token_windows(loaded.tokenizer, args.calibration, args.context, args.samples, args.seed)
     training = _training(args, model, windows)

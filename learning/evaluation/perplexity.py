@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..models import check_context
+from ..models import check_context, default_context
 
 CONTEXT = 4096  # of the WikiText-2 perplexities that PATCH, MaskLLM and SLiM publish
 
@@ -64,7 +64,7 @@ def perplexity(
     Raises ValueError for windows that do not fit the tokens or the model, tokens outside its vocabulary, non-finite logits.
     """
     if context is None and token_ids.dim() == 1:
-        context = _default_context(model)
+        context = default_context(model, CONTEXT)
     rows, windows, context, stride = _plan(token_ids, context, stride)
     check_context(model, context)
     check_vocabulary(model, rows)
@@ -88,12 +88,6 @@ def perplexity(
         bar.close()
         model.train(was_training)
     return Perplexity(perplexity_of(total / scored), total / scored, scored, context, stride, len(windows))
-
-
-def _default_context(model: nn.Module) -> int:
-    config = getattr(model, "config", None)
-    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) if config is not None else None
-    return CONTEXT if limit is None else min(CONTEXT, limit)
 
 
 def _plan(token_ids: Tensor, context: int | None, stride: int | None) -> tuple[Tensor, list[_Window], int, int | None]:
