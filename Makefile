@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN ?= $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+DEVELOPED := $(VENV)/.developed
 
 # With a GPU: the newest supported torch, with the Triton it was built for. Without: a CPU build, from PyTorch's own index
 # where that can be reached (PyPI's Linux wheel brings gigabytes of CUDA).
@@ -14,29 +15,31 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 REACHABLE = $(PYTHON) -c "import urllib.request as u; u.urlopen('$(CPU_INDEX)/torch/', timeout=5)" >/dev/null 2>&1
 comma := ,
 
-NEEDS_INSTALL := $(if $(filter $(VENV)/%,$(RUN)),$(INSTALLED))
+OURS := $(filter $(VENV)/%,$(RUN))
+NEEDS_INSTALL := $(if $(OURS),$(INSTALLED))
+NEEDS_TOOLS := $(if $(OURS),$(DEVELOPED))
 
 .PHONY: demo test lint docs gpu sanitize install clean
 
 demo: $(NEEDS_INSTALL)
 	$(RUN) -m benchmarks.demo
 
-test: $(NEEDS_INSTALL)
+test: $(NEEDS_TOOLS)
 	$(RUN) -m pytest -n logical --maxprocesses 4 --dist loadfile
 
-lint: $(NEEDS_INSTALL)
+lint: $(NEEDS_TOOLS)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
 # docs/results.md, the pictures and README's tables, from benchmarks/results/ and the code.
-docs: $(NEEDS_INSTALL)
+docs: $(NEEDS_TOOLS)
 	$(RUN) -m benchmarks.results_page
 	$(RUN) -m benchmarks.weight_to_kernel
 
 # Tests and benchmarks that need a GPU, in one go; the numbers go to benchmarks/results/. Most of the tests' time is
 # compilation: make gpu PYTEST_ADDOPTS="-n 8" is several times faster.
-gpu: $(NEEDS_INSTALL)
+gpu: $(NEEDS_TOOLS)
 	$(RUN) -m pytest -m "gpu or not gpu" tests/gpu tests/test_reference_kernel.py tests/test_packed.py \
 		tests/test_formats.py tests/test_expand.py
 	$(RUN) -m benchmarks.agreement
@@ -47,16 +50,21 @@ gpu: $(NEEDS_INSTALL)
 
 # The decode kernels under compute-sanitizer (which comes with CUDA). API errors are not reported: Triton's launcher tries an
 # attribute that older drivers refuse, and goes on without it.
-sanitize: $(NEEDS_INSTALL)
+sanitize: $(NEEDS_TOOLS)
 	compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 1 $(RUN) -m tests.gpu.sanitized
 	$(RUN) -m tests.gpu.racecheck
 
-install: $(INSTALLED)
+install: $(DEVELOPED)
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(if $(HAS_GPU),,if $(REACHABLE); then index="--index-url $(CPU_INDEX)"; fi;) \
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check $$index "$(TORCH)"
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -e ".[gguf]"
+	touch $@
+
+# Apart, so that the demo is there soon, without a hundred packages that it does not use.
+$(DEVELOPED): $(INSTALLED)
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -e ".[gguf,hub,eval,test,lint]"
 	touch $@
 
