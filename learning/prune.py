@@ -57,7 +57,7 @@ def prune(
         magnitude needs neither. wanda takes either: with windows it goes through the model block by block and looks at
         inputs that have passed through the blocks pruned before (as its authors do), with a calibration alone it uses the
         dense model's inputs and runs nothing. sparsegpt and thanos need windows; a calibration spares them the first sweep.
-        proxsparse needs windows to train a copy of the model on, which is all on the device.
+        proxsparse needs windows, better some hundreds, to train a copy of the model on, which is all on the device.
     pattern: "hybrid" keeps the tiles dense that save the most loss over all layers together and makes the rest 2:4;
         "2:4" makes every tile 2:4; "unstructured" drops single weights, the same part of every layer.
     sparsity: zeros / weights over all matched layers together; hybrid: 0 to 0.5, met to one tile; unstructured: 0 to 1, met

@@ -263,13 +263,45 @@ def test_learning_rate_rises_for_a_tenth_and_falls_linearly(steps: int) -> None:
 def test_default_training_follows_the_size_of_the_weights() -> None:
     model, windows = tiny_model("llama"), random_windows(7)
     linears = named_linears(model)
-    everything = torch.cat([weight.flatten() for weight in weights_of(model).values()])
-    default = ProxSparseTraining.default(linears, windows)
-    assert default.steps == 7
-    assert default.penalty == pytest.approx(0.005 / float(everything.square().mean().sqrt()), rel=1e-4)
+    assert ProxSparseTraining.default(linears, windows).steps == 7
+    for size in (0.02, 0.32):  # LLaMA-2 7B's weights, and 16 times as large
+        everything = torch.cat([weight.flatten() for weight in weights_of(model).values()])
+        for module in linears.values():
+            weight_of(module).mul_(size / everything.square().mean().sqrt())
+        default = ProxSparseTraining.default(linears, windows, steps=400)
+        assert default.lr == pytest.approx(1e-4 * size / 0.02, rel=1e-4)
+        assert default.penalty == pytest.approx(0.25 * 0.02 / size, rel=1e-4)
     for module in linears.values():
         weight_of(module).zero_()
-    assert ProxSparseTraining.default(linears, windows).penalty == 0.0
+    ProxSparseTraining.default(linears, windows)  # any settings will do, an error will not
+
+
+def test_default_penalty_adds_up_to_the_same() -> None:
+    linears, windows = named_linears(tiny_model("llama")), random_windows(7)
+    default = ProxSparseTraining.default(linears, windows)
+    for steps in (1, 20, 1000):
+        training = ProxSparseTraining.default(linears, windows, steps)
+        assert (training.steps, training.lr) == (steps, default.lr)
+        assert training.penalty * steps == pytest.approx(default.penalty * 7)
+    with pytest.raises(ValueError, match="steps 0"):
+        ProxSparseTraining.default(linears, windows, 0)
+
+
+def test_scaled_weights_learn_the_same() -> None:
+    """Not to the last group: embeddings and norms are not scaled. At one rate for both, larger weights learn almost nothing."""
+    model, windows = tiny_model("llama"), random_windows()
+    larger = copy.deepcopy(model)
+    for module in named_linears(larger).values():
+        weight_of(module).mul_(16)
+        module.register_forward_hook(lambda module, inputs, output: output / 16)
+    assert torch.equal(larger(windows).logits, model(windows).logits)
+    codes = [{name: select_24(weight.abs()) for name, weight in weights_of(model).items()}]
+    for each in (model, larger):
+        training = ProxSparseTraining.default(named_linears(each), windows, steps=12)
+        codes.append(learn_patterns(each, windows, layers_of(each), training, progress=False))
+    moved, apart = (sum(int((a[name] != b[name]).sum()) for name in a) for a, b in pairwise(codes))
+    assert moved > 100
+    assert apart < 0.5 * moved
 
 
 # ---- bad input
@@ -321,10 +353,10 @@ PRUNE = ["--tile", "16", "--samples", "4", "--context", "48", "--device", "cpu",
 def test_command(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["prune", str(base), *PRUNE, "--method", "proxsparse", "--lr", "1e-3", "--steps", "3"]
     assert main([*argv, "--sparsity", "0.3", "-o", str(tmp_path / "hybrid")]) == 0
-    assert "training: 3 steps, learning rate 0.001, penalty 0.0" in capsys.readouterr().out
+    assert "training: 3 steps, learning rate 0.001, penalty " in capsys.readouterr().out
     record = json.loads((tmp_path / "hybrid" / "pruning.json").read_text())
     rms = torch.cat([w.flatten() for w in weights_of(tiny(base)).values()]).square().mean().sqrt()
-    assert record["training"] == {"lr": 1e-3, "penalty": pytest.approx(0.005 / float(rms), rel=1e-4), "steps": 3}
+    assert record["training"] == {"lr": 1e-3, "penalty": pytest.approx(2 / 3 / float(rms), rel=1e-4), "steps": 3}
     masks = load_masks(tmp_path / "hybrid" / "mask.safetensors")
     assert masks.provenance["training"] == record["training"]
     weights = sum(m.tile_map.weights for m in masks.masks.values())

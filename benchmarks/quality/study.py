@@ -3,7 +3,8 @@
     python -m benchmarks.quality.study TEXTS OUT [--budget SECONDS] [--steps 300] [--only REGEX]
 
 TEXTS: what `benchmarks.quality.texts` wrote. OUT: a JSON file; rows that it already has are not made again, so a study goes on
-where its last call's budget ended. All calibrate on the same windows and learn from the same text.
+where its last call's budget ended. All calibrate on the same windows and learn from the same text. ProxSparse learns: it takes
+as many windows of that text as its paper does.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from .rows import Row, learn_config, rows
 from .three_of_four import prune_three_of_four
 
 CALIBRATION_WINDOWS = 64
+PROXSPARSE_WINDOWS = 400
 
 
 class Study:
@@ -52,9 +54,13 @@ class Study:
         self.heldout, self.development = _ids(texts / "heldout.npy"), _ids(texts / "development.npy")
         if args.tokens is not None:
             self.heldout, self.development = self.heldout[: args.tokens], self.development[: args.tokens]
-        self.windows = self.train.windows(torch.arange(CALIBRATION_WINDOWS) * (len(self.train) // CALIBRATION_WINDOWS))
+        self.windows = self.spread_windows(CALIBRATION_WINDOWS)
         self._calibration: Calibration | None = None
         self._patterns: dict[str, HardMask] | None = None
+
+    def spread_windows(self, count: int) -> Tensor:
+        """int64 [count, context], at even distances in the text that is learned from."""
+        return self.train.windows(torch.arange(count) * (len(self.train) // count))
 
     @property
     def calibration(self) -> Calibration:
@@ -94,8 +100,9 @@ class Study:
         model = copy.deepcopy(self.model)
         if row.kind == "one-shot":
             needs = row.pattern == "hybrid" and row.method != "magnitude"
+            windows = self.spread_windows(PROXSPARSE_WINDOWS) if row.method == "proxsparse" else self.windows
             result = prune(
-                model, self.windows, method=row.method, pattern=row.pattern, tile=row.tile, include=row.include,
+                model, windows, method=row.method, pattern=row.pattern, tile=row.tile, include=row.include,
                 sparsity=None if row.pattern == "2:4" else row.sparsity, calibration=self.calibration if needs else None,
                 progress=False,
             )  # fmt: skip

@@ -57,15 +57,15 @@ def add_parser(commands: Any) -> None:
         metavar="SOURCE",
         help="text file or directory, hub dataset id, or wikitext2; default: text shipped with the package",
     )
-    calibration.add_argument("--samples", type=positive, default=128, help="windows, default 128")
+    calibration.add_argument("--samples", type=positive, default=128, help="windows, default 128; proxsparse wants 400")
     calibration.add_argument(
         "--context", type=positive, help=f"tokens in a window; default {_CONTEXT}, or the model's maximum if less"
     )
     calibration.add_argument("--seed", type=int, default=0, help="which windows of the text; default 0")
     training = parser.add_argument_group("training (proxsparse only)")
-    training.add_argument("--lr", type=float, help="peak learning rate, default 1e-4")
+    training.add_argument("--lr", type=float, help="peak learning rate; default 0.005 × root mean square of the pruned weights")
     training.add_argument(
-        "--penalty", type=float, help="λ of the proximal step; default 0.005 / root mean square of the pruned weights"
+        "--penalty", type=float, help="λ of the proximal step; default 2 / root mean square of the pruned weights / steps"
     )
     training.add_argument("--steps", type=positive, help="of the optimiser, one window each; default: once over all windows")
     parser.add_argument("-o", "--output", metavar="OUT", type=Path, required=True, help="directory to write")
@@ -135,7 +135,7 @@ def _training(args: argparse.Namespace, model: nn.Module, windows: Tensor | None
     """How proxsparse will train, None for other methods."""
     if METHODS[args.method].needs != "training" or windows is None:
         return None
-    default = ProxSparseTraining.default(checked_linears(model, args.include, args.exclude), windows)
+    default = ProxSparseTraining.default(checked_linears(model, args.include, args.exclude), windows, args.steps)
     return dataclasses.replace(default, **_training_options(args))
 
 

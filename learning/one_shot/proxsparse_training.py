@@ -2,6 +2,8 @@
 
 AdamW without weight decay, gradients clipped to norm 1, one window a step, learning rate rising over the first tenth of the
 steps and falling linearly to zero: the paper's settings, which use 400 windows of 4096 tokens.
+
+How well it does depends on how much text it sees: windows that come again are memorised, and help less than new ones.
 """
 
 from __future__ import annotations
@@ -23,16 +25,16 @@ from patch_compiler.tile_map import TileKind, TileMap
 from ..blocks import resolve_device
 from .proxsparse import shrink_groups_
 
-LEARNING_RATE = 1e-4
-RELATIVE_PENALTY = 0.005  # of 1 / root mean square of the weights: the paper's λ = 0.25 for LLaMA-2 7B, whose weights are 0.02
+# The paper trains LLaMA-2 7B, whose weights have a root mean square of 0.02, for 400 steps at a rate of 1e-4 and λ = 0.25.
+RELATIVE_LEARNING_RATE = 0.005  # of the root mean square
+RELATIVE_PENALTY = 2.0  # of all steps together, of 1 / root mean square
 WARM_UP = 0.1
 CLIP_NORM = 1.0
 
 
 @dataclass(frozen=True)
 class ProxSparseTraining:
-    """lr: AdamW's peak learning rate. penalty: the λ of the proximal step, which is not multiplied by the learning rate;
-    it acts on products of weights, so that what suits a model goes with one over the size of its weights.
+    """lr: AdamW's peak learning rate. penalty: the λ of the proximal step, which is not multiplied by the learning rate.
     steps: of the optimiser, one window each; more than there are windows goes through them again.
 
     Raises ValueError for values that are not positive (a penalty may be 0).
@@ -50,12 +52,21 @@ class ProxSparseTraining:
             raise ValueError(f"steps {self.steps!r}: at least 1")
 
     @classmethod
-    def default(cls, linears: Mapping[str, nn.Module], windows: Tensor) -> ProxSparseTraining:
-        """Once over the windows, with a penalty that fits the size of these linears' weights."""
+    def default(cls, linears: Mapping[str, nn.Module], windows: Tensor, steps: int | None = None) -> ProxSparseTraining:
+        """The paper's settings for LLaMA-2 7B, carried over to the size of these linears' weights and the number of steps.
+
+        steps: None: once over the windows; to go through them again gains little, it memorises them.
+
+        The rate follows the size, because AdamW moves every weight by about the rate; the penalty goes with one over it,
+        because the regulariser is of third degree and the distance it is weighed against of second. At a fixed rate larger
+        weights are shrunk before they have learned, which leaves the patterns of magnitude. Fewer steps shrink more in each,
+        so that as many groups become 2:4.
+        """
+        steps = windows.shape[0] if steps is None else steps
         weights = [weight_of(module) for module in linears.values()]
         squares = sum(float(w.float().square().sum(dtype=torch.float64)) for w in weights)
-        root_mean_square = math.sqrt(squares / sum(w.numel() for w in weights))
-        return cls(LEARNING_RATE, RELATIVE_PENALTY / root_mean_square if root_mean_square else 0.0, windows.shape[0])
+        size = math.sqrt(squares / sum(w.numel() for w in weights)) or 1.0  # all zero: nothing to learn, any setting will do
+        return cls(RELATIVE_LEARNING_RATE * size, RELATIVE_PENALTY / (size * max(steps, 1)), steps)
 
 
 def learn_patterns(
