@@ -61,9 +61,6 @@ def run_json(tmp_path: Path, *argv: str) -> dict:
     return json.loads((tmp_path / "result.json").read_text())
 
 
-# ---- prune
-
-
 def test_prune_writes_a_directory_that_says_what_it_is(pruned, base):
     assert files(pruned) >= COMPRESSED
     record = json.loads((pruned / "pruning.json").read_text())
@@ -144,9 +141,6 @@ def test_the_same_run_gives_the_same_artifacts(base, pruned, tmp_path):
     assert digests[0] == digests[1] != digests[2]
 
 
-# ---- evaluate, export
-
-
 def test_compressed_masked_and_exported_have_the_same_perplexity(base, pruned, tmp_path):
     packed = run_json(tmp_path, str(pruned))
     masked = run_json(tmp_path, str(base), "--mask", str(pruned / "mask.safetensors"))
@@ -203,9 +197,6 @@ def test_export_of_a_dense_model_is_a_copy(base, tmp_path):
     )
 
 
-# ---- import-mask
-
-
 @pytest.mark.parametrize("kind", ["patch", "maskllm", "dense"])
 def test_imported_masks_equal_ours(base, pruned, tmp_path, kind):
     masks = load_masks(pruned / "mask.safetensors").masks
@@ -237,9 +228,6 @@ def test_imported_masks_equal_ours(base, pruned, tmp_path, kind):
     assert (
         main(["import-mask", str(source), str(base), "--format", kind, "--tile", "16", "-o", str(target), "--overwrite"]) == 0
     )
-
-
-# ---- bad input
 
 
 def refused(capsys, tmp_path: Path, *argv: str) -> str:
@@ -361,9 +349,6 @@ def test_overwrite_replaces_an_earlier_output(base, tmp_path):
     assert main(["prune", str(base), *PRUNE, "-o", str(out), "--overwrite"]) == 0
     assert files(out) >= COMPRESSED
     assert files(tmp_path) == {"out"}
-
-
-# ---- interrupted
 
 
 @pytest.mark.parametrize(("module", "moment"), [(prune_command, "prune"), (pruned_output, "save_compressed")])

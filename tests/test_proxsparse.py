@@ -30,8 +30,6 @@ from tests.strategies import same_bits, tile_maps
 from tests.test_prune import check_masks, check_refused, random_windows, weights_of
 from tests.tiny import save_tiny
 
-# ---- the proximal step
-
 
 def objective(v: Tensor, w: Tensor, penalty: float) -> Tensor:
     """½‖v - w‖² + penalty · Reg(v), written as the paper has it. [..., 4] -> [...]."""
@@ -126,9 +124,6 @@ def test_groups_of_any_width_in_chunks(rows: int, columns: int, seed: int) -> No
         assert same_bits(found[:, -partial:].contiguous(), w[:, -partial:].contiguous())
 
 
-# ---- the mask
-
-
 @given(tile_map=tile_maps(largest=60, tiles=((16, 16), (8, 32), (3, 12))), seed=st.integers(0, 2**31))
 def test_original_weights_stay_where_the_patterns_say(tile_map: TileMap, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -148,8 +143,6 @@ def test_patterns_are_needed() -> None:
     with pytest.raises(ValueError, match="proxsparse needs the patterns"):
         METHODS["proxsparse"].prune_tiles(torch.rand(4, 4), None, TileMap.full((4, 4), TileKind.SPARSE24, 4))
 
-
-# ---- training
 
 QUICK = ProxSparseTraining(lr=1e-3, penalty=0.3, steps=6)
 
@@ -304,9 +297,6 @@ def test_scaled_weights_learn_the_same() -> None:
     assert apart < 0.5 * moved
 
 
-# ---- bad input
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -336,9 +326,6 @@ def test_bad_settings(values: tuple[float, float, int], message: str) -> None:
 )
 def test_refused(options: dict[str, Any], message: str) -> None:
     check_refused(quiet, options, message)
-
-
-# ---- command line
 
 
 @pytest.fixture(scope="module")
