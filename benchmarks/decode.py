@@ -41,7 +41,7 @@ from patch_compiler.provenance import provenance, write_results
 from patch_compiler.tuning_targets import STANDARD
 
 from .case_arguments import add_case_arguments, check_case_arguments
-from .decode_bench import ROUNDS, TOLERANCE, Bench, Library, Point, WrongResult, ceilings, isolated
+from .decode_bench import ROUNDS, TOLERANCE, Bench, Library, Point, WrongResult, ceilings, isolated, rows_or_none
 from .decode_cases import Case, cases
 from .decode_summary import losses, summarise, summary_table
 from .results_file import results_file
@@ -152,14 +152,10 @@ def main(argv: list[str] | None = None) -> int:
     with torch.no_grad():
         rates, library = ceilings(), Library()
         deadline = begin + args.budget if args.budget is not None else None
-        try:
-            rows, skipped = measure_all(work, gpu, library, rates["read_gb_s"], deadline)
-        except WrongResult as error:
-            print(f"error: {error}; nothing was written", file=sys.stderr)
-            return 1
-    if not rows:
-        print(f"error: nothing was measured: {'; '.join(skipped[:3])}", file=sys.stderr)
+        found = rows_or_none(lambda: measure_all(work, gpu, library, rates["read_gb_s"], deadline))
+    if found is None:
         return 1
+    rows, skipped = found
     order = {name: i for i, name in enumerate(args.models)}
     rows.sort(key=lambda r: (order[r["model"]], r["map"] != "random", r["sparsity"], r["layer"], r["tokens"]))
     seconds = {"compilation": round(compiled - planned, 1), "all": round(time.monotonic() - begin, 1)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,6 +34,22 @@ Calls = Sequence[Callable[[], object]]
 
 class WrongResult(RuntimeError):
     """A kernel's result is not the product."""
+
+
+Rows = list[dict[str, Any]]
+
+
+def rows_or_none(measure_all: Callable[[], tuple[Rows, list[str]]]) -> tuple[Rows, list[str]] | None:
+    """What it gives: rows, and what was not measured. None if a result was wrong or there is no row, which stderr says."""
+    try:
+        rows, skipped = measure_all()
+    except WrongResult as error:
+        print(f"error: {error}; nothing was written", file=sys.stderr)
+        return None
+    if not rows:
+        print(f"error: nothing was measured: {'; '.join(skipped[:3])}", file=sys.stderr)
+        return None
+    return rows, skipped
 
 
 @dataclass(frozen=True)

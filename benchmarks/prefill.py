@@ -35,12 +35,12 @@ from codegen.gpu import GpuSpec, gpu_here
 from codegen.measure import COLD_BYTES, measure
 from codegen.prefill_schedule import Prefill, prefill_schedules
 from codegen.problem import Problem
-from codegen.schedule import Gemm, Schedule
+from codegen.schedule import Schedule
 from patch_compiler.provenance import provenance, write_results
 from patch_compiler.text_table import table
 
 from .case_arguments import add_case_arguments, check_case_arguments
-from .decode_bench import TOLERANCE, Bench, Calls, Library, WrongResult, normal, product
+from .decode_bench import TOLERANCE, WHOLE, Bench, Calls, Library, normal, product, rows_or_none
 from .decode_cases import SQUARE, Case, cases
 from .decode_summary import geomean
 from .results_file import results_file
@@ -52,7 +52,7 @@ MOST_DECODE_TOKENS = 512
 MOST_SPLIT_TOKENS = 2048  # more have items enough for all SMs
 # percent -> wanted speedup over cuBLAS for T up to FEW_TOKENS and beyond; at 0 % after dispatch
 FEW_TOKENS = 1024
-DENSE = Gemm(expand=False)
+DECODE = Decode("hopper", 128, 4, early_start=True)
 TARGETS = {0: (0.98, 0.98), 25: (1.0, 1.1), 35: (1.12, 1.2), 45: (1.2, 1.3)}
 CUSPARSELT_TARGET = 1.0
 
@@ -90,8 +90,8 @@ class PrefillBench(Bench):
         packed, with_dense = (tuning.pick(self.layer.problem(dense_weight=dense), self.gpu, tokens) for dense in (False, True))
         variants: list[Schedule] = [s for s in schedules if tokens <= MOST_SPLIT_TOKENS or not s.split]
         if decode_kernel and tokens <= MOST_DECODE_TOKENS:
-            variants.append(Decode("hopper", 128, 4, early_start=True))
-        for schedule in dict.fromkeys([*variants, *(s for s in (packed, with_dense) if s != DENSE)]):
+            variants.append(DECODE)
+        for schedule in dict.fromkeys([*variants, *(s for s in (packed, with_dense) if s != WHOLE)]):
             wrong = max(wrong, self.check(case, self.layer, schedule, x, *self.packed[0], wanted))
             calls[str(schedule)] = [partial(self.layer.run, y, x, v, i, None, schedule=schedule) for v, i in self.packed]
             predicted[str(schedule)] = 1e6 * cost_model.predict(self.layer.problem(), schedule, self.gpu, tokens)
@@ -102,7 +102,7 @@ class PrefillBench(Bench):
         row = {
             "shape": [m, k], "map": case.map, "sparsity": case.sparsity, "tokens": tokens, "us": us, "best": best,
             "predicted_us": {name: round(value, 2) for name, value in predicted.items()},
-            "picked": str(packed), "picked_with_dense": "cublas" if with_dense == DENSE else str(with_dense),
+            "picked": str(packed), "picked_with_dense": "cublas" if with_dense == WHOLE else str(with_dense),
             "noise_us": round(timings[best].noise(timings["cublas"]), 2),
             "speedup": {name: round(us["cublas"] / value, 4) for name, value in us.items() if name != "cublas"},
             "tflops": {name: round(2 * m * k * tokens / us[name] / 1e6) for name in ("cublas", best)},
@@ -213,22 +213,18 @@ def main(argv: list[str] | None = None) -> int:
     work = [(case, schedules_of(case, gpu, args.rings)) for case in chosen]
     wanted: list[Prefill | Decode] = list(dict.fromkeys(s for _, schedules in work for s in schedules))
     if not args.quick and min(args.tokens) <= MOST_DECODE_TOKENS:
-        wanted.append(Decode("hopper", 128, 4, early_start=True))
+        wanted.append(DECODE)
     compile_all([Specialisation(s, 128, "bfloat16", False) for s in wanted])
     _say(f"{len(work)} tile maps, T = {args.tokens}, {len(wanted)} kernels: compiled in {time.monotonic() - begin:.0f} s")
     facts, output = provenance("benchmarks.prefill", arguments), args.output or results_file("prefill")
     torch.manual_seed(0)
     library = Library()
+    deadline = begin + args.budget if args.budget is not None else None
     with torch.no_grad():
-        try:
-            deadline = begin + args.budget if args.budget is not None else None
-            rows, skipped = measure_all(work, args, gpu, library, deadline)
-        except WrongResult as error:
-            print(f"error: {error}; nothing was written", file=sys.stderr)
-            return 1
-    if not rows:
-        print(f"error: nothing was measured: {'; '.join(skipped[:3])}", file=sys.stderr)
+        found = rows_or_none(lambda: measure_all(work, args, gpu, library, deadline))
+    if found is None:
         return 1
+    rows, skipped = found
     record = {
         "gpu": asdict(gpu), "protocol": {"rounds": 3 if args.quick else 8, "cold_bytes": COLD_BYTES, "tolerance": TOLERANCE},
         "seconds": round(time.monotonic() - begin, 1), "cusparselt": library.facts(), "not_measured": skipped,
