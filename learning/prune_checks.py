@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 
 from torch import Tensor, nn
 
-from patch_compiler.linears import WEIGHT_DTYPES, decoder_blocks, mask_of, named_linears, weight_dtypes, weight_of
+from patch_compiler.linears import WEIGHT_DTYPES, decoder_blocks, mask_of, named_linears, path_filter, weight_dtypes, weight_of
 
 from .budget import check_hybrid_sparsity
 from .calibration import Calibration
@@ -77,11 +76,8 @@ def warn_of_stacked_weights(model: nn.Module, include: str | None, exclude: str 
         prefix, blocks = decoder_blocks(model)
     except ValueError:  # no language model
         return
-    stacked = {
-        name: p.numel()
-        for name, p in blocks.named_parameters(prefix=prefix)
-        if p.dim() > 2 and re.search(include or "", name) and not (exclude is not None and re.search(exclude, name))
-    }
+    chosen = path_filter(include, exclude)
+    stacked = {name: p.numel() for name, p in blocks.named_parameters(prefix=prefix) if p.dim() > 2 and chosen(name)}
     linear = sum(weight_of(module).numel() for module in named_linears(model).values())
     share = sum(stacked.values()) / (sum(stacked.values()) + linear)
     if share > 0.01:

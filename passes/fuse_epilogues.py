@@ -1,6 +1,6 @@
 """Let a launch end with what would follow it: silu(gate) * up inside the launch that makes both.
 
-At few tokens the kernel that would do it costs two microseconds and the way through memory, in every block. Biases are inside
+At few tokens the kernel that would do it costs a launch and the way through memory, in every block. Biases are inside
 the launches anyway (lower.py). A residual added inside would save nothing: Inductor adds it in the kernel of the norm that
 follows, which has to read it in any case.
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -62,10 +62,7 @@ def named_linears(model: nn.Module, include: str | None = None, exclude: str | N
     of PEFT around it the layer itself, whose path ends in "base_layer", and nothing of the adapter.
     include, exclude: regular expressions searched in the path. Raises ValueError for a bad expression.
     """
-    try:
-        wanted, unwanted = (re.compile(r) if r is not None else None for r in (include, exclude))
-    except re.error as error:
-        raise ValueError(f"include {include!r} / exclude {exclude!r}: not a regular expression ({error})") from None
+    chosen = path_filter(include, exclude)
     root, prefix = model, ""
     if getattr(model, "config", None) is not None:
         try:
@@ -80,9 +77,18 @@ def named_linears(model: nn.Module, include: str | None = None, exclude: str | N
         own = next((a for a in adapted if name.startswith(a)), None)
         if not _is_dense_linear(module) or (own is not None and not name.startswith(f"{own}base_layer")):
             continue
-        if (wanted is None or wanted.search(name)) and not (unwanted is not None and unwanted.search(name)):
+        if chosen(name):
             found[name] = module
     return found
+
+
+def path_filter(include: str | None, exclude: str | None) -> Callable[[str], bool]:
+    """Whether a path is meant: `include` is found in it, if given, and `exclude` is not. ValueError for a bad expression."""
+    try:
+        wanted, unwanted = (re.compile(r) if r is not None else None for r in (include, exclude))
+    except re.error as error:
+        raise ValueError(f"include {include!r} / exclude {exclude!r}: not a regular expression ({error})") from None
+    return lambda path: (wanted is None or bool(wanted.search(path))) and not (unwanted is not None and unwanted.search(path))
 
 
 def _is_dense_linear(module: nn.Module) -> bool:
