@@ -12,10 +12,12 @@ from typing import Any
 
 from .results_page import decode as decode_section
 from .results_page import demo as demo_section
+from .results_page import models as models_section
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DECODE = "decode-h100.json"
+MODEL = "bench-llama-2-7b-h100.json"
 
 
 def load(name: str) -> dict[str, Any]:
@@ -32,7 +34,12 @@ def decode() -> str:
     return decode_section.for_readme(load(DECODE)) if (RESULTS / DECODE).exists() else ""
 
 
-SECTIONS = {"results": demo, "decode": decode}
+def model() -> str:
+    """The end-to-end benchmark's table; nothing as long as there is no results file."""
+    return models_section.for_readme(load(MODEL)) if (RESULTS / MODEL).exists() else ""
+
+
+SECTIONS = {"results": demo, "model": model, "decode": decode}
 
 
 def render(readme: str) -> str:

@@ -12,8 +12,7 @@ from .section import Record, Section, figure, markdown_table, where_from
 
 
 def section(name: str, record: Record) -> Section:
-    work, picture = record["workload"], f"{name}.svg"
-    what = f"{record['model']}: batch {work['batch']}, {work['prompt']} tokens in, {work['new']} out, {record['dtype']}"
+    what, picture = _what(record), f"{name}.svg"
     groups = {}
     for heading, key, divisor, unit in CHARTS:
         bars = [
@@ -26,10 +25,21 @@ def section(name: str, record: Record) -> Section:
         ]  # fmt: skip
         if bars:
             groups[heading] = bars
-    text = [
-        f"{where_from(record)}\n{what}. {record['note']}",
-        figure(picture, "tokens a second, times and memory of each variant"),
-        markdown_table(COLUMNS, rows_of(record)),
-    ]
+    intro, cells = _measured(record)
+    text = [intro, figure(picture, "tokens a second, times and memory of each variant"), cells]
     svg = bar_chart("Whole models", what, groups, origin(record["provenance"]))
     return Section(f"Whole models: {record['model']}", "\n\n".join(text), {picture: svg})
+
+
+def for_readme(record: Record) -> str:
+    """README's part of it: what was measured, and the table."""
+    return "\n\n".join(_measured(record))
+
+
+def _what(record: Record) -> str:
+    work = record["workload"]
+    return f"{record['model']}: batch {work['batch']}, {work['prompt']} tokens in, {work['new']} out, {record['dtype']}"
+
+
+def _measured(record: Record) -> tuple[str, str]:
+    return f"{where_from(record)}\n{_what(record)}. {record['note']}", markdown_table(COLUMNS, rows_of(record))

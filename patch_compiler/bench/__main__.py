@@ -24,9 +24,9 @@ from .variants import DENSE, is_packed, load, parameter_count, variants
 COLUMNS = (
     "variant",
     "tokens/s",
-    "x",
+    "x tokens/s",
     "step ms",
-    "x",
+    "x step",
     "first token ms",
     "long prompt ms",
     "weights GB/s",
