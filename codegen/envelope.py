@@ -7,7 +7,7 @@ tile begins; between the cuts costs are lines with a few bends.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -46,13 +46,37 @@ class Interval:
         return first, last
 
     def __str__(self) -> str:
-        tokens = f"T {self.first}" if self.first == self.last else f"T {self.first} - {self.last}"
-        low, high = (f"{1e6 * s:.3g}" for s in self.seconds)
-        predicted = f"{low} us predicted" if low == high else f"{low} - {high} us predicted"
-        if not self.gpu.measured or isinstance(self.schedule, TensorPrefill):  # these kernels were not measured on any GPU
-            predicted += " from data sheet rates"
         tuned = "" if self.measured is None else f", {self.measured:.3g} us measured"
-        return f"{tokens}: {self.schedule}, {predicted}{tuned}"
+        return _told([self]) + tuned
+
+
+def lines(intervals: Sequence[Interval]) -> list[str]:
+    """Intervals in words. Where two schedules take turns (one suits even numbers of token tiles, say) they share a line."""
+    found, rest = [], list(intervals)
+    while rest:
+        turns = 1
+        while turns < len(rest) and _take_turns(rest[: turns + 1]):
+            turns += 1
+        turns = turns if turns > 2 else 1
+        found.append(_told(rest[:turns]) if turns > 1 else str(rest[0]))
+        del rest[:turns]
+    return found
+
+
+def _take_turns(intervals: Sequence[Interval]) -> bool:
+    return all(i.measured is None for i in intervals) and len({i.schedule for i in intervals}) == 2
+
+
+def _told(intervals: Sequence[Interval]) -> str:
+    first, last = intervals[0], intervals[-1]
+    tokens = f"T {first.first}" if first.first == last.last else f"T {first.first} - {last.last}"
+    schedules = dict.fromkeys(i.schedule for i in intervals)
+    low, high = f"{1e6 * first.seconds[0]:.3g}", f"{1e6 * last.seconds[1]:.3g}"
+    predicted = f"{low} us predicted" if low == high else f"{low} - {high} us predicted"
+    # these kernels were not measured on any GPU
+    if not first.gpu.measured or any(isinstance(s, TensorPrefill) for s in schedules):
+        predicted += " from data sheet rates"
+    return f"{tokens}: {' or '.join(map(str, schedules))}, {predicted}"
 
 
 def envelope(problem: Problem, gpu: GpuSpec, upto: int = 16384) -> list[Interval]:

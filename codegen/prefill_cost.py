@@ -32,20 +32,20 @@ _MOST_PARTS = 8  # of an item, that predictions look at
 class PrefillConstants:
     """Seconds, or shares of a rate in GpuSpec. The fitted ones: codegen/fit.py on tuned/fit_prefill_h100.json.
 
-    Over those 492 rows, none of them of a split schedule, the error (root mean square and largest) is 6.5 and 17 % at T = 512,
-    7.1 and 22 % at 2048, 9.3 and 43 % at 8192, the largest where X is larger than the L2 cache and read for one panel at a
-    time. The rows are of two runs, at clocks of 1.3 to 1.9 GHz, which no constant tells apart: the same launch took up to 20 %
-    longer in one of them.
+    Over those 384 rows, all of one run and none of a split schedule, the error (root mean square and largest) is 6.0 and 16 %
+    at T = 512, 6.1 and 18 % at 2048, 8.1 and 42 % at 8192, the largest where X is larger than the L2 cache and read for one
+    panel at a time. Of a case's eight schedules, the one predicted fastest takes 2.2 % longer than the fastest (mean). A second
+    run, at other clocks, would do harm: the same launches took up to 20 % longer, which no constant tells apart.
     """
 
     # fitted
-    end: float = 2.217e-6  # of an item: outputs through shared memory
-    tensor: float = 1.29  # of dense_flops
-    shared: float = 1.532  # of _SHARED: bytes read and written
-    l2: float = 3.153  # of l2_bandwidth
-    drift: float = 0.3237  # more of X's bytes, where panels drift apart
-    cluster: float = 0.1106  # more of everything: two CTAs wait for each other
-    idle: float = 0.4649  # of the time, that the work of SMs without any would have taken
+    end: float = 2.32e-6  # of an item: outputs through shared memory
+    tensor: float = 1.198  # of dense_flops
+    shared: float = 1.466  # of _SHARED: bytes read and written
+    l2: float = 3.162  # of l2_bandwidth
+    drift: float = 0.2889  # more of X's bytes, where panels drift apart
+    cluster: float = 0.06015  # more of everything: two CTAs wait for each other
+    idle: float = 0.48  # of the time, that the work of SMs without any would have taken
     # assumed: no measurement tells them from the above
     start: float = 3.0e-6  # launch, first items' first blocks, last stores
     meet: float = 1.0e-6  # of an item in parts: a fence, an atomic and barriers, one behind the other

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from codegen.envelope import lines
 from codegen.slab_choice import why_canonical
 from codegen.tuning import Choices
 
@@ -40,7 +41,7 @@ class Site:
     @property
     def schedules(self) -> tuple[str, ...]:
         """What runs by number of tokens: "T 1 - 16: hopper 16t x6 1/SM early, 12.3 us predicted", ..."""
-        return () if self.choices is None else tuple(map(str, self.choices.intervals))
+        return () if self.choices is None else tuple(lines(self.choices.intervals))
 
     def row(self) -> tuple[str, str, str, str, int, str]:
         """The cells of COLUMNS."""

@@ -17,7 +17,7 @@ from codegen import cost_model
 from codegen import envelope as cost_envelope
 from codegen.cost_model import CONSTANTS, choose, cost, predict, seconds, stage_cost, symbol
 from codegen.decode_schedule import Decode
-from codegen.envelope import envelope
+from codegen.envelope import Interval, envelope, lines
 from codegen.fit import errors, fit, main, read_measurements, scattered
 from codegen.formats.slab_map import slab_map
 from codegen.gpu import KEYS, gpu_spec
@@ -240,8 +240,24 @@ def test_an_envelope_is_short_and_soon_found(shape, key, triton, monkeypatch):
     """Explanations print it, for each layer of a model."""
     counted = []
     monkeypatch.setattr(cost_envelope, "seconds", lambda *args: counted.append(args) or seconds(*args))
-    assert len(envelope(problem_of(shape, dense_weight=True), gpu_spec(key, triton))) < 30
+    assert len(lines(envelope(problem_of(shape, dense_weight=True), gpu_spec(key, triton)))) < 20
     assert len(counted) < 5000  # some microseconds each
+
+
+def test_two_schedules_that_take_turns_share_a_line():
+    problem = problem_of()
+    a, b, c = Prefill(128, 2, 5, 3), Prefill(256, 1, 4, 3), Gemm(expand=True)
+    places = [Interval(t, t + 9, s, problem, H100) for t, s in zip(range(1, 80, 10), (a, b, a, b, c, a, c, b), strict=True)]
+    told = lines(places)
+    assert [line.partition(":")[0] for line in told] == ["T 1 - 40", "T 41 - 70", "T 71 - 80"]
+    assert told[0].startswith(f"T 1 - 40: {a} or {b}, ")
+    assert told[1].startswith(f"T 41 - 70: {c} or {a}, ")
+    assert told[2] == str(places[-1])
+    low, high = predict(problem, a, H100, 1), predict(problem, b, H100, 40)
+    assert told[0].endswith(f", {1e6 * low:.3g} - {1e6 * high:.3g} us predicted")
+    measured = [replace(i, measured=5.0) if i.first == 11 else i for i in places]
+    assert lines(measured)[:2] == list(map(str, measured[:2])), "what was measured stands alone"
+    assert lines([]) == []
 
 
 def test_an_interval_says_what_runs_and_what_it_costs():
