@@ -33,10 +33,16 @@ def prune_tiles(weight: Tensor, codes: Tensor | None, tile_map: TileMap) -> Prun
 
 @torch.no_grad()
 def shrink_groups_(weight: Tensor, penalty: float, sparse: Tensor | None = None) -> None:
-    """weight [M, K] becomes argmin_v ½‖v - w‖² + penalty · Reg(v), in place and in chunks of rows.
+    """weight [M, K] becomes argmin_v ½‖v - w‖² + penalty · Reg(v), in place: by a kernel (CUDA, float32) or in chunks of rows.
 
     sparse: bool [M, ceil(K / 4)], the groups it is done to, None: all. Inputs missing from a last partial group are zeros.
+    Raises ValueError for NaN, but the kernel leaves it where it is: to look for it would be to wait for the GPU.
     """
+    if weight.is_cuda and weight.dtype == torch.float32:
+        from .kernels import proximal as kernels  # needs Triton, which not every machine without a GPU has
+
+        kernels.shrink_groups_(weight, penalty, sparse)
+        return
     m, k = weight.shape
     rows = max(1, CHUNK_GROUPS * GROUP // k)
     for start in range(0, m, rows):

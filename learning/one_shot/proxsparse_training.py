@@ -95,21 +95,22 @@ def learn_patterns(
     optimizer = torch.optim.AdamW(
         student.parameters(), lr=training.lr, weight_decay=0.0, fused=next(student.parameters()).is_cuda
     )
+    windows = windows[: training.steps].to(target)  # at once: each copy from ordinary memory waits for the GPU
     bar = tqdm(range(training.steps), desc="training (proxsparse)", unit="step", disable=not progress)
     for step in bar:
-        ids = windows[step % windows.shape[0]][None].to(target)
+        ids = windows[step % windows.shape[0]][None]
         with torch.enable_grad(), torch.autocast(target.type, torch.bfloat16, enabled=half):
             logits = student(input_ids=ids, use_cache=False).logits[0, :-1]
             loss = functional.cross_entropy(logits.float(), ids[0, 1:])
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise ValueError(f"proxsparse: the loss of step {step} is {value}; lower the learning rate ({training.lr})")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), CLIP_NORM)
         for group in optimizer.param_groups:
             group["lr"] = training.lr * schedule(step, training.steps)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        value = float(loss.detach())  # a step's only wait for a GPU: here, where that has most of the step to work on
+        if not math.isfinite(value):
+            raise ValueError(f"proxsparse: the loss of step {step} is {value}; lower the learning rate ({training.lr})")
         for name, module in linears.items():
             shrink_groups_(weight_of(module), training.penalty, sparse[name])
         bar.set_postfix(loss=f"{value:.3f}", refresh=False)

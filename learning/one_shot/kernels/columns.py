@@ -15,6 +15,8 @@ from torch import Tensor
 
 from patch_compiler.tile_map import GROUP, TileKind
 
+from .order import ranks
+
 MOST_COLUMNS, LEAST_COLUMNS = 128, 16  # of a program, a power of two
 # One warp with all columns of its rows: a row of U is loaded into the threads that use it, and sums stay inside the warp.
 # Four rows would save instructions, but not every compiler finds the registers.
@@ -36,25 +38,11 @@ def _score(tile, column, wanted, cost_ptr, width):
 
 
 @triton.jit
-def _before(a, b):
-    """1 where score a wins over b, which stands to the right of it."""
-    return (a >= b).to(tl.int32)
-
-
-@triton.jit
-def _after(a, b):
-    """1 where score a wins over b, which stands to the left of it."""
-    return (a > b).to(tl.int32)
-
-
-@triton.jit
 def _highest_two(s0, s1, s2, s3):
-    """Bit i is set where s_i is one of the two highest: `select_24`, whose ties go to the left."""
-    k0 = _after(s1, s0) + _after(s2, s0) + _after(s3, s0) < 2
-    k1 = _before(s0, s1) + _after(s2, s1) + _after(s3, s1) < 2
-    k2 = _before(s0, s2) + _before(s1, s2) + _after(s3, s2) < 2
-    k3 = _before(s0, s3) + _before(s1, s3) + _before(s2, s3) < 2
-    return k0.to(tl.int32) | k1.to(tl.int32) << 1 | k2.to(tl.int32) << 2 | k3.to(tl.int32) << 3
+    """Bit i is set where s_i is one of the two highest."""
+    r0, r1, r2, r3 = ranks(s0, s1, s2, s3)
+    bits = (r0 < 2).to(tl.int32) | (r1 < 2).to(tl.int32) << 1
+    return bits | (r2 < 2).to(tl.int32) << 2 | (r3 < 2).to(tl.int32) << 3
 
 
 @triton.jit
