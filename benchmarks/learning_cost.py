@@ -134,7 +134,7 @@ def measure(size: str, mode: Any, steps: int) -> dict[str, Any]:
     )  # fmt: skip
     codes = {n: torch.randint(6, (m.weight.shape[0], m.weight.shape[1] // 4), dtype=torch.uint8) for n, m in linears.items()}
     masks = LearnedMasks(model, config, Start(codes, None))
-    optimizer = LearnedOptimizer(masks.parameters_to_train(), config, Ranks(0, 1, torch.device("cuda", 0)))
+    optimizer = LearnedOptimizer(masks.parameters_to_train(), config, Ranks(torch.device("cuda", 0)))
 
     def step(number: int) -> None:
         masks.sample(number, 0)

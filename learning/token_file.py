@@ -60,9 +60,9 @@ class TokenFile:
         return self.ids.size // self.context
 
     def windows(self, indices: Tensor) -> Tensor:
-        """int64 [n, context] for int64 [n]."""
+        """int64 [n, context] on the CPU for int64 [n]."""
         rows = self.ids[: len(self) * self.context].reshape(-1, self.context)
-        return torch.from_numpy(rows[indices.numpy()].astype(np.int64))
+        return torch.from_numpy(rows[indices.cpu().numpy()].astype(np.int64))
 
     def order(self, step: int, batch: int, seed: int) -> Tensor:
         """Which windows a step sees, int64 [batch]: every window once an epoch, shuffled anew for each.
@@ -78,8 +78,8 @@ class TokenFile:
 
     @classmethod
     def of(cls, ids: Tensor, context: int, name: str = "text") -> TokenFile:
-        """Tokens held in memory, integers [tokens]."""
-        array = ids.numpy().astype(np.uint32)
+        """Tokens held in memory, integers [tokens], on any device."""
+        array = ids.cpu().numpy().astype(np.uint32)
         return cls(array, context, hashlib.sha256(array.tobytes()).hexdigest(), int(array.max(initial=0)), name)
 
 

@@ -25,15 +25,23 @@ TINY = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "n
 
 
 class Run:
-    """model, masks, tokens and config of a run; the same bits for the same arguments. model: changes of its shape."""
+    """model, masks, tokens and config of a run; the same bits for the same arguments. model: changes of its configuration."""
 
-    def __init__(self, mode: str = "tile", seed: int = 0, model: dict[str, int] | None = None, **changes: Any) -> None:
+    def __init__(
+        self,
+        mode: str = "tile",
+        seed: int = 0,
+        model: dict[str, Any] | None = None,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        **changes: Any,
+    ) -> None:
         settings = {"tile": 16, "steps": 6, "batch": 4, "micro_batch": 1, "context": CONTEXT, "lr": 0.02, "warmup": 1}
-        budget = Budget(0.5 if mode == "maskllm" else 0.3)
+        budget = changes.pop("budget", Budget(0.5 if mode == "maskllm" else 0.3))
         self.config = LearnConfig.published(mode, budget, seed=seed, **(settings | changes))  # type: ignore[arg-type]
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.model = tiny_llama(**(TINY | (model or {})))
+            self.model = tiny_llama(**(TINY | (model or {}))).to(device, dtype)
             self.tokens = TokenFile.of(torch.randint(0, 300, (60 * CONTEXT,)), CONTEXT)
             self.validation = torch.randint(0, 300, (5, CONTEXT))
         start = find_start(self.model, self.config, self.validation, pattern_method="magnitude", progress=False)

@@ -13,9 +13,10 @@ import torch
 from torch.nn import functional
 
 from learning.evaluation.perplexity import perplexity
+from learning.soft_masks.learn_config import Ramp, Relaxing
 from learning.token_file import TokenFile
-from learning.training import loop as training
 from learning.training import next_token_loss
+from learning.training.distributed import Ranks
 from learning.training.loop import recomputing
 from learning.training.optimizer import LearnedOptimizer
 
@@ -80,7 +81,7 @@ def test_with_shared_noise_the_gradient_does_not_depend_on_the_micro_batch(mode,
 
 def test_the_gradient_is_clipped_and_the_rate_follows_the_schedule():
     run = Run(steps=3, clip=1e-3)
-    optimizer = LearnedOptimizer(run.masks.parameters_to_train(), run.config, training.Ranks())
+    optimizer = LearnedOptimizer(run.masks.parameters_to_train(), run.config, Ranks(torch.device("cpu")))
     (logits,) = (p for group in run.masks.parameters_to_train() for p in group["params"])
     other = torch.nn.Parameter(logits.detach().clone())
     reference = torch.optim.AdamW([other], betas=run.config.betas, eps=run.config.eps, weight_decay=0.0)
@@ -200,7 +201,30 @@ def test_tensorboard_and_wandb_are_told_every_step(tmp_path, monkeypatch):
     assert {("loss", 1), ("loss", 2), ("validation_hard", 2), ("closed", 0)} <= set(told["board"])
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_density_of_each_step_is_the_budgets(fused, tmp_path, monkeypatch):
+    """Also at a scale that stays, and with fused AdamW, as on a GPU, which moves parameters behind their version counters."""
+    original = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **options: original(groups, **(options | {"fused": fused})))
+    Run("joint", tiles=Relaxing(Ramp(100, 100), Ramp(2, 0.05))).train(tmp_path)
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        assert json.loads(line)["soft_density"] == pytest.approx(0.7, abs=1e-6)
+
+
 # ---- refused
+
+
+def test_a_rank_computes_where_the_model_is():
+    run = Run(steps=1)
+    with pytest.raises(
+        ValueError, match=r"model\.embed_tokens\.weight is on cpu, this process computes on meta: move the whole"
+    ):
+        run.train(ranks=Ranks(torch.device("meta")))
+    run.masks._codes["model.layers.0.mlp.up_proj"] = run.masks._codes["model.layers.0.mlp.up_proj"].to("meta")
+    with pytest.raises(
+        ValueError, match=r"masks, codes\.model\.layers\.0\.mlp\.up_proj is on meta, this process computes on cpu"
+    ):
+        run.train()
 
 
 def test_what_does_not_fit_is_refused(tmp_path, monkeypatch):

@@ -131,7 +131,7 @@ def results(tmp_path_factory, seed) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_gradient_does_not_depend_on_the_number_of_processes(results, seed, name):
-    alone = first_gradient(Run(seed=seed, **CASES[name]), Ranks())
+    alone = first_gradient(Run(seed=seed, **CASES[name]), Ranks(torch.device("cpu")))
     for rank in range(WORLD):
         for one, other in zip(alone, results[rank][name], strict=True):
             largest = float(one.abs().max())
@@ -186,7 +186,7 @@ def test_processes_hear_each_other(results):
 def test_one_process_needs_nothing(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with processes(torch.device("cpu")) as ranks:
-        assert ranks == Ranks()
+        assert ranks == Ranks(torch.device("cpu"))
         assert ranks.gather("x") == ["x"]
     assert "torch.distributed" in sys.modules
     assert not torch.distributed.is_initialized()

@@ -105,8 +105,6 @@ def config_of(args: argparse.Namespace) -> LearnConfig:
     default = 0.5 if args.mode == "maskllm" else DEFAULT_SPARSITY
     budget = budget_of(args, default if args.sparsity is None else args.sparsity)
     given = {name: getattr(args, name) for name in (*_NUMBERS, *_CHOICES) if getattr(args, name) is not None}
-    if args.steps is not None and args.warmup is None:  # a short run has no room for the published warm-up
-        given["warmup"] = min(args.steps, LearnConfig.published(args.mode, budget).warmup)
     config = LearnConfig.published(args.mode, budget, tile=args.tile, shared_noise=args.shared_noise, **given)
     for name, (kind, which) in _RAMPS.items():
         if (ramp := getattr(args, name)) is not None:

@@ -144,7 +144,10 @@ class LearnConfig:
 
     @classmethod
     def published(cls, mode: Mode, budget: Budget, **changes: Any) -> LearnConfig:
-        """PATCH's settings for this mode and sparsity (thesis table 6.1), MaskLLM's for "maskllm" (its table 7)."""
+        """PATCH's settings for this mode and sparsity (thesis table 6.1), MaskLLM's for "maskllm" (its table 7).
+
+        changes: of what was published. A run with fewer steps than the published warm-up is all warm-up.
+        """
         if mode == "maskllm":
             found = cls(
                 mode, budget, lr=5e-4, warmup=0, final_lr=0.1, eps=1e-5, weight_decay=0.1, norm_reward=1e-5, init_std=0.01,
@@ -157,7 +160,7 @@ class LearnConfig:
             found = cls(mode, budget, lr=1e-4, tiles=slow, density_penalty=3.0, norm_reward=0.1)
         if changes.get("compat") == "patch":
             changes = {"training_budget": "penalty", "tile_prior": "survivors"} | changes
-        return replace(found, **changes)
+        return replace(found, **({"warmup": min(found.warmup, changes.get("steps", found.steps))} | changes))
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)

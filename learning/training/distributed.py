@@ -26,11 +26,11 @@ _PATIENCE = timedelta(hours=24)  # while one process prunes or tokenises for all
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `world`; it computes on `device`. The first one prints and writes files."""
+    """This process among `world`; it computes on `device`, where its model is. The first one prints and writes files."""
 
+    device: torch.device
     rank: int = 0
     world: int = 1
-    device: torch.device = torch.device("cpu")  # noqa: RUF009
     _waiting: Any = None  # a process group of great patience
 
     @property
@@ -77,7 +77,7 @@ def processes(device: torch.device | None = None) -> Iterator[Ranks]:
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if world == 1:
-        yield Ranks(device=device)
+        yield Ranks(device)
         return
     local = int(os.environ["LOCAL_RANK"])
     if device.type == "cuda":
@@ -89,7 +89,7 @@ def processes(device: torch.device | None = None) -> Iterator[Ranks]:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Ranks(dist.get_rank(), world, device, dist.new_group(backend="gloo", timeout=_PATIENCE))
+        yield Ranks(device, dist.get_rank(), world, dist.new_group(backend="gloo", timeout=_PATIENCE))
     finally:
         dist.destroy_process_group()
 

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from patch_compiler.linears import decoder_blocks
 
-from ..blocks import check_windows, replaced_forward
+from ..blocks import check_windows, replaced_forward, resolve_device
 from ..models import check_context
 from ..soft_masks.learn_config import LearnConfig
 from ..soft_masks.learned_masks import LearnedMasks
@@ -77,18 +77,19 @@ def train(
     tensorboard: bool = False,
     wandb: str | None = None,
 ) -> TrainResult:
-    """Learn masks for config.steps steps. model: a causal LM on ranks.device, masked by `masks`.
+    """Learn masks for config.steps steps. model: a causal LM on one device, masked by `masks` there.
 
     run: directory for metrics and checkpoints, None: neither. resume: go on from its newest checkpoint, if it has one: bit for
     bit where the device computes the same twice. validation: windows int64 [count, context] to measure perplexity on.
-    ranks: of `distributed.processes`, every process makes the same call. Where pattern logits are learned by several
-    processes, each keeps a part of them: the model is then good for nothing but `masks.harden()`.
+    ranks: of `distributed.processes`, every process makes the same call with its model on ranks.device; None: one process,
+    which computes where the model is. Where pattern logits are learned by several processes, each keeps a part of them: the
+    model is then good for nothing but `masks.harden()`.
 
     Dropout is off. Gradients are recomputed block by block instead of kept.
-    Raises ValueError for settings that do not fit, naming the layer if a number is not finite; Stopped (a KeyboardInterrupt)
-    after SIGTERM, SIGINT or SIGUSR1, or if a file `stop` appears in `run`.
+    Raises ValueError for settings or devices that do not fit, naming the layer if a number is not finite; Stopped (a
+    KeyboardInterrupt) after SIGTERM, SIGINT or SIGUSR1, or if a file `stop` appears in `run`.
     """
-    ranks = ranks or Ranks()
+    ranks = ranks or Ranks(next(model.parameters()).device)
     loop = _Loop(model, masks, tokens, config, run, validation, ranks)
     if run is not None and ranks.first:
         run.mkdir(parents=True, exist_ok=True)
@@ -130,6 +131,7 @@ class _Loop:
         self.model, self.masks, self.tokens, self.config = model, masks, tokens, config
         self.directory, self.validation, self.ranks = run, validation, ranks
         check_run(config, self.ranks)
+        _check_device(model, masks, resolve_device(ranks.device, next(model.parameters()).device))
         halves = [name for name, p in model.named_parameters() if p.dtype == torch.float16]
         if halves:
             raise ValueError(
@@ -260,6 +262,17 @@ class _Loop:
     def _perplexity(self) -> float:
         assert self.validation is not None
         return math.exp(min(mean_loss(self.model, self.validation, self.ranks), 700.0))
+
+
+def _check_device(model: nn.Module, masks: LearnedMasks, device: torch.device) -> None:
+    """Raises ValueError unless all parameters and masks are there."""
+    tensors = {**dict(model.named_parameters()), **{f"masks, {name}": t for name, t in masks.state_dict().items()}}
+    elsewhere = next((name for name, tensor in tensors.items() if tensor.device != device), None)
+    if elsewhere is not None:
+        raise ValueError(
+            f"{elsewhere} is on {tensors[elsewhere].device}, this process computes on {device}: move the whole model there "
+            "before its LearnedMasks are made"
+        )
 
 
 @contextmanager

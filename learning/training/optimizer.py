@@ -73,6 +73,7 @@ class LearnedOptimizer:
             torch.manual_seed(_mixed(self._config.seed, step, self._ranks.rank))
             for optimizer in self._optimizers:
                 optimizer.step()
+        torch.autograd.graph.increment_version(self._own)  # fused optimizers do not, and the budget's shift is kept by it
         self.forget()
 
     def forget(self) -> None:
