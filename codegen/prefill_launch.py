@@ -16,7 +16,7 @@ from codegen.gpu import GpuSpec
 from codegen.prefill_cost import item_cost
 from codegen.prefill_plan import deal, program
 from codegen.prefill_schedule import Cluster, Prefill
-from codegen.prefill_split import share
+from codegen.prefill_split import Places, share
 from codegen.problem import Problem
 from codegen.workspace import Workspace, read_here
 
@@ -54,8 +54,9 @@ class PrefillLaunch:
         assert problem.slabs is not None
         self.schedule, self.problem, self.gpu, self._to_device, self._workspace = schedule, problem, gpu, to_device, workspace
         self.rows = problem.slabs.rows
-        self._cost = item_cost(schedule, problem.slabs, gpu)
-        self._groups = program(problem.slabs, schedule.group, self._cost, apart=schedule.panel_ctas == 2)
+        cost = item_cost(schedule, problem.slabs, gpu)
+        self._groups = program(problem.slabs, schedule.group, cost, apart=schedule.panel_ctas == 2)
+        self._places = Places(self._groups, cost)
         self._program = to_device(self._groups.table)
         self._width = schedule.tokens * schedule.token_ctas
         self._works: dict[int, _Work] = {}  # by number of token tiles, the one used last is the last
@@ -100,7 +101,7 @@ class PrefillLaunch:
     def _make(self, tiles: int) -> _Work:
         workers, inputs = self.gpu.sms // self.schedule.ctas, self.problem.shape[1]
         if self.schedule.split:
-            shares = share(self._groups, self._cost, tiles, workers, tokens=self._width, in_features=inputs)
+            shares = share(self._places, tiles, workers, tokens=self._width, in_features=inputs)
             return _Work(self._to_device(shares.headers), self._to_device(shares.items), shares.parts)
         table, _ = deal(self._groups.costs, tiles, workers, tokens=self._width, in_features=inputs)
         return _Work(self._program, self._to_device(table), 0)

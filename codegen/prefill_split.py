@@ -11,8 +11,10 @@ Nothing is cut where that does not pay: parts are written and read through the L
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,8 +39,7 @@ class Shares:
     done: np.ndarray
 
 
-@dataclass(frozen=True)
-class _Piece:
+class _Piece(NamedTuple):
     """An item from one place to another where its group's program may be cut; last = -1: the whole."""
 
     item: int
@@ -52,12 +53,12 @@ Plan = list[list[_Piece]]  # of each worker, in the order in which it does them
 @dataclass(frozen=True, eq=False)
 class Cuts:
     """Places where a group's program may be cut, from its beginning to its end. blocks: [n] of X before each. entries, slabs:
-    [panels, n] kinds and slabs of each panel before. cost: [n] of what is before."""
+    [panels, n] kinds and slabs of each panel before. cost: n, of what is before: a list, for it is asked one at a time."""
 
     blocks: np.ndarray
     entries: np.ndarray
     slabs: np.ndarray
-    cost: np.ndarray
+    cost: list[float]
 
 
 def cuts(work: Program, group: int, cost: ItemCost) -> Cuts:
@@ -73,43 +74,51 @@ def cuts(work: Program, group: int, cost: ItemCost) -> Cuts:
     total = sum(s[e] for s, e in zip(spent, entries, strict=True))
     whole = max(work.costs[group] - cost.end, 0.0)  # less than all panels' work where they are in CTAs of their own
     slabs = np.stack([b[e] for b, e in zip(before, entries, strict=True)])
-    return Cuts(blocks, entries, slabs, total * (whole / total[-1]) if total[-1] else total)
+    return Cuts(blocks, entries, slabs, (total * (whole / total[-1]) if total[-1] else total).tolist())
+
+
+class Places:
+    """Where a program's groups may be cut, each found when it is first asked for; the same for every number of token tiles."""
+
+    def __init__(self, work: Program, cost: ItemCost) -> None:
+        self.work, self.cost = work, cost
+        self.of = cache(partial(cuts, work, cost=cost))
 
 
 class _Items:
     """All items in order, and what they and their parts cost."""
 
-    def __init__(self, work: Program, cost: ItemCost, order: list[tuple[int, int]]) -> None:
-        self.work, self.cost, self.order = work, cost, order
-        self.costs = work.costs[[g for g, _ in order]]
-        self.cuts = cache(lambda group: cuts(work, group, cost))
+    def __init__(self, places: Places, order: list[tuple[int, int]]) -> None:
+        self.places, self.cost, self.order = places, places.cost, order
+        self.costs: list[float] = places.work.costs[[g for g, _ in order]].tolist()
 
-    def spent_before(self, item: int) -> np.ndarray:
-        """float64 [cuts of its group]."""
-        return self.cuts(self.order[item][0]).cost
-
-    def spent(self, piece: _Piece) -> float:
-        """Without what comes at its end."""
-        spent = self.spent_before(piece.item)
-        return float(spent[piece.last] - spent[piece.first])
+    def spent_before(self, item: int) -> list[float]:
+        """At each cut of its group."""
+        return self.places.of(self.order[item][0]).cost
 
     def done(self, plan: Plan) -> np.ndarray:
         """float64 [workers], when each has done its items, parts being added when all are there."""
         begun: dict[int, list[float]] = {}  # of an item, when parts are written
         for mine in plan:
-            for piece in (p for p in mine[:1] if p.last >= 0 and p.last < len(self.spent_before(p.item)) - 1):
-                begun.setdefault(piece.item, []).append(self.spent(piece) + self.cost.write)
+            if mine and mine[0].last >= 0:
+                item, first, last = mine[0]
+                spent = self.spent_before(item)
+                if last < len(spent) - 1:
+                    begun.setdefault(item, []).append(spent[last] - spent[first] + self.cost.write)
         done = []
         for mine in plan:
             now = 0.0
-            for piece in mine:
-                if piece.last < 0:
-                    now += self.costs[piece.item]
-                elif piece.last < len(self.spent_before(piece.item)) - 1:
-                    now += self.spent(piece) + self.cost.write
+            for item, first, last in mine:
+                if last < 0:
+                    now += self.costs[item]
+                    continue
+                spent = self.spent_before(item)
+                now += spent[last] - spent[first]
+                if last < len(spent) - 1:
+                    now += self.cost.write
                 else:
-                    others = begun[piece.item]
-                    now = max(now + self.spent(piece), *others) + len(others) * self.cost.read + self.cost.end
+                    others = begun[item]
+                    now = max(now, *others) + len(others) * self.cost.read + self.cost.end
             done.append(now)
         return np.array(done)
 
@@ -118,9 +127,11 @@ class _Chain:
     """Items from `first` on, one behind the other. busy: float64 [workers], with what was dealt whole."""
 
     def __init__(self, items: _Items, first: int, busy: np.ndarray) -> None:
-        self.items, self.first, self.cost, self.busy = items, first, items.cost, busy
+        self.items, self.first, self.cost, self.busy = items, first, items.cost, busy.tolist()
         self.average = float(busy.mean())
         self.shortest = self.cost.write + self.cost.read + self.cost.end  # part that is worth its traffic
+        # of an item in so many parts, from when they are there
+        self.ends = [(parts - 1) * self.cost.read + self.cost.end for parts in range(_MOST_PARTS + 2)]
 
     def taken(self, until: float, linked: bool) -> list[tuple[list[_Piece], list[_Piece]]] | None:
         """What each worker takes if all are done at `until`: a part that others finish, and the rest. None if that is too soon.
@@ -129,29 +140,31 @@ class _Chain:
         """
         found: list[tuple[list[_Piece], list[_Piece]]] = []
         item, first, parts, wanted, count = self.first, 0, 0, 0, len(self.items.order)
+        costs = self.items.costs
         for busy in self.busy:
             begun, ended, left = [], [], until - busy
             if parts:
-                last = len(self.items.spent_before(item)) - 1
-                rest = self.items.spent(_Piece(item, first, last)) + self._end(parts + 1)
+                spent = self.items.spent_before(item)
+                last = len(spent) - 1
+                rest = spent[last] - spent[first] + self.ends[parts + 1]
                 if rest <= left:
                     ended, left = [_Piece(item, first, last)], left - rest
                     item, first, parts = item + 1, 0, 0
                 else:
-                    last = self._cut(item, first, min(left, until - self._end(wanted)))
+                    last = self._cut(item, first, min(left, until - self.ends[wanted]))
                     if last > first:
                         begun, first, parts = [_Piece(item, first, last)], last, parts + 1
                     wanted = max(wanted, parts + 1)
                     if wanted > _MOST_PARTS:
                         return None
             if not parts:
-                while item < count and self.items.costs[item] <= left:
+                while item < count and costs[item] <= left:
                     ended.append(_Piece(item, 0, -1))
-                    left -= self.items.costs[item]
+                    left -= costs[item]
                     item += 1
                 if item < count and (linked or not ended):
                     wanted = self._parts(item, left, until)
-                    last = self._cut(item, 0, min(left, until - self._end(wanted)))
+                    last = self._cut(item, 0, min(left, until - self.ends[wanted]))
                     if last > 0:
                         begun, first, parts = [_Piece(item, 0, last)], last, 1
             found.append((begun, ended[::-1]))
@@ -160,8 +173,7 @@ class _Chain:
     def _cut(self, item: int, first: int, left: float) -> int:
         """How far a part that is not the last one can go in the time; `first` if that is not worth it."""
         spent = self.items.spent_before(item)
-        last = int(np.searchsorted(spent, spent[first] + left - self.cost.write, "right")) - 1
-        last = min(last, int(np.searchsorted(spent, spent[-1] - self.shortest, "right")) - 1)
+        last = bisect_right(spent, min(spent[first] + left - self.cost.write, spent[-1] - self.shortest)) - 1
         return last if last > first and spent[last] - spent[first] >= self.shortest else first
 
     def _parts(self, item: int, left: float, until: float) -> int:
@@ -169,29 +181,26 @@ class _Chain:
 
         All are to be written before the last one starts to add them.
         """
-        mine = until - self.average
+        mine, needed = until - self.average, self.items.costs[item] - self.cost.end
         for parts in range(2, _MOST_PARTS):
-            latest = until - self._end(parts)
+            latest = until - self.ends[parts]
             written = min(left, latest) + (parts - 2) * min(mine, latest) - (parts - 1) * self.cost.write
-            if written + mine - self._end(parts) >= self.items.costs[item] - self.cost.end:
+            if written + mine - self.ends[parts] >= needed:
                 return parts
         return _MOST_PARTS
 
-    def _end(self, parts: int) -> float:
-        """Of an item, from when its parts are there."""
-        return (parts - 1) * self.cost.read + self.cost.end
 
-
-def share(work: Program, cost: ItemCost, tiles: int, workers: int, *, tokens: int, in_features: int) -> Shares:
+def share(places: Places, tiles: int, workers: int, *, tokens: int, in_features: int) -> Shares:
     """Items and parts of all groups and token tiles for so many CTAs or clusters. Arguments as of `prefill_plan.deal`."""
-    items = _Items(work, cost, raster(work.costs, tiles, tokens=tokens, in_features=in_features))
-    lists, busy = assign(items.costs, workers)
+    items = _Items(places, raster(places.work.costs, tiles, tokens=tokens, in_features=in_features))
+    costs = np.array(items.costs)
+    lists, busy = assign(costs, workers)
     plan, done = [[_Piece(i, 0, -1) for i in mine] for mine in lists], busy
     first = max(0, len(items.order) // workers - 1) * workers
-    dealt, busy = assign(items.costs[:first], workers) if first else ([[] for _ in range(workers)], np.zeros(workers))
+    dealt, busy = assign(costs[:first], workers) if first else ([[] for _ in range(workers)], np.zeros(workers))
     chain, enough = _Chain(items, first, busy), float(done.max()) * _WORTH
     for linked in (True, False) if len(items.order) < workers else (True,):
-        soonest, latest = items.costs.sum() / workers, enough
+        soonest, latest = float(costs.sum()) / workers, enough
         for _ in range(_HALVINGS):
             until = (soonest + latest) / 2
             taken = chain.taken(until, linked)
@@ -232,13 +241,13 @@ def _tables(items: _Items, plan: Plan, done: np.ndarray) -> Shares:
 
 def _headers(items: _Items, wanted: list[tuple[int, int, int]]) -> Tensor:
     """Of groups from one cut to another, and their runs."""
-    work = items.work
+    work = items.places.work
     groups = work.table[: work.groups * HEADER].view(-1, HEADER).numpy()
     headers = np.zeros((len(wanted), HEADER), dtype=np.int64)
     parts, end = [headers.reshape(-1)], headers.size
     for header, (group, first, last) in zip(headers, wanted, strict=True):
-        places = items.cuts(group)
-        blocks, entries, slabs = (of[..., [first, last]] for of in (places.blocks, places.entries, places.slabs))
+        at = items.places.of(group)
+        blocks, entries, slabs = (of[..., [first, last]] for of in (at.blocks, at.entries, at.slabs))
         header[:] = groups[group]
         header[:2] = header[0] + blocks[0], blocks[1] - blocks[0]
         for i, kinds in enumerate(work.kinds[group]):

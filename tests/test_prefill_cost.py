@@ -14,7 +14,7 @@ from codegen.gpu import gpu_spec
 from codegen.prefill_cost import CONSTANTS, item_cost
 from codegen.prefill_plan import program
 from codegen.prefill_schedule import Prefill
-from codegen.prefill_split import share
+from codegen.prefill_split import Places, share
 from codegen.problem import Problem
 
 H100 = gpu_spec("h100", "3.9.0")
@@ -80,7 +80,7 @@ def test_splitting_is_predicted_as_it_is_planned(shape: tuple[int, int], schedul
     costs, width = item_cost(split, problem.slabs, H100), schedule.tokens * schedule.token_ctas
     work = program(problem.slabs, schedule.group, costs, schedule.panel_ctas == 2)
     for tokens in (128, 256, 512, 1024):
-        shares = share(work, costs, -(-tokens // width), 132 // schedule.ctas, tokens=width, in_features=shape[1])
+        shares = share(Places(work, costs), -(-tokens // width), 132 // schedule.ctas, tokens=width, in_features=shape[1])
         whole, parts = (predict(problem, s, H100, tokens) for s in (schedule, split))
         assert parts <= whole
         if parts < 0.9 * whole:

@@ -19,7 +19,7 @@ from codegen.formats.slabs import Slabs, to_slabs
 from codegen.isa import wgmma
 from codegen.prefill_plan import HEADER, ItemCost, deal, program
 from codegen.prefill_schedule import CLUSTERS, Cluster, Prefill
-from codegen.prefill_split import share
+from codegen.prefill_split import Places, share
 from patch_compiler import HardMask, TileKind, TileMap, pack
 from patch_compiler.packed import unpack
 
@@ -105,7 +105,7 @@ class Model:
         self.table = self.headers = work.table.tolist()
         self.parts, self.items = 0, []
         if s.split:
-            shares = share(work, COST, self.tiles, workers, tokens=width, in_features=inputs)
+            shares = share(Places(work, COST), self.tiles, workers, tokens=width, in_features=inputs)
             self.headers, self.parts, rows = shares.headers.tolist(), shares.parts, shares.items.tolist()
             for row in rows:
                 triples = zip(*(row[1 + i : 1 + 3 * row[0] : 3] for i in range(3)), strict=True)

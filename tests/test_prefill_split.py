@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from codegen.formats.slab_map import SlabMap, slab_map
 from codegen.prefill_plan import HEADER, ItemCost, Program, deal, program
-from codegen.prefill_split import Shares, cuts, share
+from codegen.prefill_split import Places, Shares, cuts, share
 
 from .strategies import tile_maps
 from .test_prefill_plan import TILES, group_of, random_map
@@ -89,12 +89,12 @@ def test_the_parts_of_an_item_are_its_program(
 ) -> None:
     assume(panels == 1 or slabs.in_pairs)
     work = program(slabs, panels, cost, apart and panels == 2)
-    shares = share(work, cost, tiles, workers, tokens=128, in_features=1024)
+    shares = share(Places(work, cost), tiles, workers, tokens=128, in_features=1024)
     check(work, shares, panels, tiles)
     _, whole = deal(work.costs, tiles, workers, tokens=128, in_features=1024)
     assert shares.done.max() <= whole.max() + 1e-9
     assert len(shares.done) == len(shares.items) <= workers
-    again = share(work, cost, tiles, workers, tokens=128, in_features=1024)
+    again = share(Places(work, cost), tiles, workers, tokens=128, in_features=1024)
     assert torch.equal(shares.headers, again.headers)
     assert torch.equal(shares.items, again.items)
 
@@ -125,7 +125,7 @@ def test_model_sized_weights_at_few_tokens_keep_all_ctas_busy(panels: int, colum
     """Two panels and 128 tokens: fewer items than CTAs, or one wave and a half."""
     cost = ItemCost(dense=1.0, sparse=1.4, end=4.0, write=5.0, read=5.0)
     work = program(random_map(panels, columns, 0.9, 0.0), 2, cost)
-    shares = share(work, cost, tiles, 132, tokens=128, in_features=columns * 128)
+    shares = share(Places(work, cost), tiles, 132, tokens=128, in_features=columns * 128)
     check(work, shares, 2, tiles)
     _, whole = deal(work.costs, tiles, 132, tokens=128, in_features=columns * 128)
     items = work.groups * tiles
@@ -139,7 +139,7 @@ def test_model_sized_weights_at_few_tokens_keep_all_ctas_busy(panels: int, colum
 def test_nothing_is_cut_where_that_costs_more() -> None:
     work = program(random_map(32, 32, 0.9, 0.0), 1, CHEAP)
     for tiles, workers, cost in ((4, 128, CHEAP), (1, 132, ItemCost(1.0, 1.3, 0.2, 100.0, 100.0)), (3, 1, CHEAP)):
-        shares = share(work, cost, tiles, workers, tokens=128, in_features=4096)
+        shares = share(Places(work, cost), tiles, workers, tokens=128, in_features=4096)
         assert not shares.parts
         check(work, shares, 1, tiles)
 
@@ -148,7 +148,7 @@ def test_no_part_is_shorter_than_its_traffic() -> None:
     cost = ItemCost(dense=1.0, sparse=1.4, end=2.0, write=3.0, read=4.0)
     work = program(random_map(32, 64, 0.5, 0.0), 1, cost)
     for tiles in (1, 2, 3, 5, 7):
-        shares = share(work, cost, tiles, 132, tokens=128, in_features=8192)
+        shares = share(Places(work, cost), tiles, 132, tokens=128, in_features=8192)
         assert shares.parts
         for mine in items_of(shares):
             for number, _, _, _, others in mine:
