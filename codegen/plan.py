@@ -13,6 +13,7 @@ finds everything it needs in one round trip to memory:
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass
 
 import numpy as np
@@ -170,20 +171,27 @@ def _panel_cuts(costs: np.ndarray, starts: np.ndarray, ctas: int) -> np.ndarray:
     whole = np.concatenate([[0.0], np.cumsum(costs)])
     of_panel = whole[starts[1:]] - whole[starts[:-1]]
     # the most CTAs a panel can use is its slabs; an empty panel needs none
-    slabs = np.diff(starts)
-    shares = (slabs > 0).astype(np.int64)
-    for _ in range(ctas - int(shares.sum())):
-        longest = np.where(shares < slabs, of_panel / np.maximum(shares, 1), 0.0)
-        if not longest.any():
+    most, given = np.diff(starts).tolist(), (np.diff(starts) > 0).astype(int).tolist()
+    # the longest part in front, of the first panel among equals; a panel leaves when it can use no CTA more
+    queue = [(-work, p) for p, work in enumerate(of_panel.tolist()) if most[p] > 1 and work > 0]
+    heapq.heapify(queue)
+    for _ in range(ctas - sum(given)):
+        if not queue:
             break
-        shares[int(longest.argmax())] += 1
-    cuts = []
-    for p in np.flatnonzero(shares):
-        wanted = whole[starts[p]] + np.arange(1, shares[p] + 1) * of_panel[p] / shares[p]
-        cuts.append(np.searchsorted(whole[1:] - costs / 2, wanted, side="left"))
-        cuts[-1][-1] = starts[p + 1]
-    ends = np.concatenate([*cuts, np.full(ctas, starts[-1])])[: ctas - 1]
-    return ends.astype(np.int64)
+        p = queue[0][1]
+        given[p] += 1
+        if given[p] < most[p]:
+            heapq.heapreplace(queue, (-float(of_panel[p]) / given[p], p))
+        else:
+            heapq.heappop(queue)
+    shares = np.array(given)
+    panel = np.repeat(np.arange(len(shares)), shares)
+    ends = np.cumsum(shares)
+    nth = np.arange(1, len(panel) + 1) - (ends - shares)[panel]
+    wanted = whole[starts[panel]] + nth * of_panel[panel] / shares[panel]
+    cuts = np.searchsorted(whole[1:] - costs / 2, wanted, side="left")
+    cuts[ends[shares > 0] - 1] = starts[1:][shares > 0]
+    return np.concatenate([cuts, np.full(ctas, starts[-1])])[: ctas - 1].astype(np.int64)
 
 
 def _longest(bounds: np.ndarray, costs: np.ndarray, starts: np.ndarray, segment: float) -> float:

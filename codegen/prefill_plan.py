@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import numpy as np
 import torch
@@ -66,34 +66,42 @@ class Program:
 
 
 def program(slabs: SlabMap, panels: int, cost: ItemCost, apart: bool = False) -> Program:
-    """Groups of one panel or two. Two need a map that is `in_pairs`. apart: two panels are in CTAs of their own."""
-    members = pairs(slabs, cost, apart) if panels == 2 else [(p, -1) for p in range(slabs.panels)]
+    """Groups of one panel or two. Two need a map that is `in_pairs`. apart: two panels are in CTAs of their own.
+
+    All groups at once: a model has hundreds of weights, and each its own map.
+    """
+    members = np.array(pairs(slabs, cost, apart) if panels == 2 else [(p,) for p in range(slabs.panels)]).reshape(-1, panels)
+    groups = len(members)
+    steps = (_alone(slabs) if panels == 1 else _together(slabs, members)).spread()
+    # a panel with what it does in its group is a job; all first panels' stand before all second ones'
+    job = np.broadcast_to((np.arange(panels)[:, None] * groups + steps.group)[..., None], steps.entry.shape)[steps.entry]
+    kinds = steps.kinds[steps.entry]
+    taken, taker = steps.slab[steps.entry][kinds > SKIP], job[kinds > SKIP]
+    words, owner = runs_of_all(kinds, job)
+
+    def per_job(of: np.ndarray) -> np.ndarray:
+        """int64 [groups, panels]: how many there are of each job."""
+        return np.bincount(of, minlength=members.size).reshape(panels, groups).T
+
+    n_blocks = np.bincount(np.repeat(steps.group, steps.read.sum(1)), minlength=groups)[:, None]
+    n_entries, n_slabs, n_runs = per_job(job), per_job(taker), per_job(owner)
+    # one group behind the other: its blocks, then for each panel its slabs and its runs
+    lengths = np.concatenate([n_blocks, np.stack([2 * n_slabs, n_runs], 2).reshape(groups, 2 * panels)], 1)
+    at = groups * HEADER + _before(lengths.reshape(-1)).reshape(lengths.shape)
+    slabs_at, runs_at = at[:, 1::2], at[:, 2::2]
+    table = np.zeros(groups * HEADER + lengths.sum() + HEADER, dtype=np.int32)  # kernels read one entry ahead
     metadata_row = np.where(slabs.sparse.numpy(), np.cumsum(slabs.sparse.numpy()) - 1, -1)
-    header = np.zeros((len(members), HEADER), dtype=np.int64)
-    parts: list[np.ndarray] = [header.reshape(-1)]
-    costs, all_kinds, end = np.zeros(len(members)), [], header.size
+    table[_places(at[:, :1], n_blocks)] = steps.blocks[steps.read]
+    table[_places(slabs_at, 2 * n_slabs)] = np.stack([taken, metadata_row[taken]], 1).reshape(-1)
+    table[_places(runs_at, n_runs)] = words
+    first_run = np.where(n_runs > 0, table[runs_at], 0)
+    of_panels = np.stack([members, slabs_at, n_slabs, runs_at, n_runs, first_run], 2).reshape(groups, 6 * panels)
+    table[: groups * HEADER].reshape(groups, HEADER)[:, : 2 + 6 * panels] = np.concatenate([at[:, :1], n_blocks, of_panels], 1)
 
-    def place(part: np.ndarray) -> int:
-        nonlocal end
-        parts.append(part)
-        end += len(part)
-        return end - len(part)
-
-    for g, group in enumerate(members):
-        blocks, jobs = _alone(slabs, group[0]) if panels == 1 else _together(slabs, group)
-        header[g, :2] = place(blocks), len(blocks)
-        work = []
-        for i, panel in enumerate(group[:panels]):
-            kinds, taken = jobs[i]
-            runs = runs_of(kinds)
-            taken_slabs = place(np.stack([taken, metadata_row[taken]], 1).reshape(-1))
-            first_run = runs[0] if len(runs) else 0
-            header[g, 2 + 6 * i : 8 + 6 * i] = panel, taken_slabs, len(taken), place(runs), len(runs), first_run
-            work.append(cost.dense * np.count_nonzero(kinds == DENSE) + cost.sparse * np.count_nonzero(kinds == SPARSE))
-        all_kinds.append([kinds for kinds, _ in jobs])
-        costs[g] = (max(work) if apart else sum(work)) + cost.end
-    parts.append(np.zeros(HEADER, dtype=np.int64))  # kernels read one entry ahead
-    return Program(torch.from_numpy(np.concatenate(parts).astype(np.int32)), costs, all_kinds)
+    work = cost.dense * per_job(job[kinds == DENSE]) + cost.sparse * per_job(job[kinds == SPARSE])
+    costs = (work.max(1) if apart else work.sum(1)) + cost.end
+    by_job = [kinds[first:last] for first, last in pairwise([0, *np.cumsum(n_entries.T).tolist()])]
+    return Program(torch.from_numpy(table), costs, [by_job[g::groups] for g in range(groups)])
 
 
 def pairs(slabs: SlabMap, cost: ItemCost, apart: bool) -> list[tuple[int, int]]:
@@ -119,67 +127,108 @@ def pairs(slabs: SlabMap, cost: ItemCost, apart: bool) -> list[tuple[int, int]]:
 def _exchange(gain: np.ndarray, order: np.ndarray) -> list[tuple[int, int]]:
     """Pairs of all of `order`, an even number: first with last and so on, then pairs exchange members while that gains."""
     half = len(order) // 2
-    a, b = order[:half].copy(), order[half:][::-1].copy()
+    members = np.concatenate([order[:half], order[half:][::-1]])  # the first of each pair, then the second of each
+    gain = gain[members[:, None], members]
+    np.fill_diagonal(gain, -np.inf)  # none goes with itself
+    of_pairs = gain.reshape(2, half, 2, half)
+    now = np.diagonal(of_pairs[0, :, 1])  # a view, as are all of these: members change places in `gain` itself
+
+    def more(pairs: slice) -> np.ndarray:
+        """float64 [pairs, 2, half]: what they gain with each pair, first with first and second with second, or crosswise."""
+        return of_pairs[0, pairs] + of_pairs[1, pairs, ::-1] - (now[pairs, None] + now)[:, None]
+
     for _ in range(_PASSES):
-        before = gain[a, b].sum()
-        for i in range(half):
-            now = gain[a[i], b[i]] + gain[a, b]
-            ways = np.stack([gain[a[i], a] + gain[b[i], b], gain[a[i], b] + gain[b[i], a]]) - now
-            ways[:, i] = 0
-            way, j = divmod(int(ways.argmax()), half)
-            if ways[way, j] > 1e-9:
-                taken = b if way else a  # becomes the partner of a[i], whose old partner takes its place
-                b[i], taken[j] = taken[j], b[i]
-        if gain[a, b].sum() <= before + 1e-9:
+        if half == 0 or more(slice(None)).max() <= 1e-9:
             break
-    return list(zip(a.tolist(), b.tolist(), strict=True))
+        for i in range(half):
+            ways = more(slice(i, i + 1)).reshape(-1)
+            best = int(ways.argmax())
+            if ways[best] > 1e-9:
+                # that one becomes the partner of pair i's first, whose old partner takes its place
+                places, exchanged = [half + i, best], [best, half + i]
+                members[places] = members[exchanged]
+                gain[places] = gain[exchanged]
+                gain[:, places] = gain[:, exchanged]
+    return list(zip(members[:half].tolist(), members[half:].tolist(), strict=True))
 
 
-def _spread(categories: np.ndarray) -> np.ndarray:
-    """An order in which each category comes evenly spread and, where two are equally many, alternates with the other."""
-    place = np.empty(len(categories))
-    for category in np.unique(categories):
-        mine = np.flatnonzero(categories == category)
-        place[mine] = (np.arange(len(mine)) + 0.5) / len(mine)
-    return np.lexsort((np.arange(len(categories)), place))
+@dataclass(frozen=True, eq=False)
+class _Steps:
+    """What is done with one block of X or two of them, step by step, one group behind the other.
+
+    group: int64 [n], ascending. category: int64 [n], the same where the same is done. blocks: int64 [n, 2]; read: bool [n, 2],
+    which of them a step loads. kinds: int64 [panels, n, 2], what each panel does with each block; slab: the one it takes for
+    that; entry: bool, whether that is an entry of its own. The second block of a sparse slab has none.
+    """
+
+    group: np.ndarray
+    category: np.ndarray
+    blocks: np.ndarray
+    read: np.ndarray
+    kinds: np.ndarray
+    slab: np.ndarray
+    entry: np.ndarray
+
+    def spread(self) -> _Steps:
+        """With each category of a group evenly spread over it."""
+        order = _spread(self.group, self.category)
+        by_step = (of.take(order, 0) for of in (self.group, self.category, self.blocks, self.read))
+        return _Steps(*by_step, *(of.take(order, 1) for of in (self.kinds, self.slab, self.entry)))
 
 
-Job = tuple[np.ndarray, np.ndarray]  # what is done with the blocks in turn (a sparse slab takes two), and the slabs it takes
+def _alone(slabs: SlabMap) -> _Steps:
+    """Of groups of one panel: a slab is a step."""
+    sparse, first = slabs.sparse.numpy(), np.array([True, False])
+    read = first | sparse[:, None]
+    kinds = np.where(first, np.where(sparse, SPARSE, DENSE)[:, None], SKIP)
+    slab = np.repeat(np.arange(slabs.slabs), 2).reshape(1, -1, 2)
+    entry = np.broadcast_to(first, slab.shape)
+    return _Steps(slabs.panel.numpy(), sparse.astype(np.int64), slabs.half_blocks.numpy(), read, kinds[None], slab, entry)
 
 
-def _alone(slabs: SlabMap, panel: int) -> tuple[np.ndarray, list[Job]]:
-    """Blocks of X and the job of one panel."""
-    first, last = int(slabs.slab_start[panel]), int(slabs.slab_start[panel + 1])
-    sparse = slabs.sparse[first:last].numpy()
-    order = _spread(sparse)
-    halves = slabs.half_blocks[first:last].numpy()[order]
-    read = np.stack([np.ones(len(order), dtype=bool), sparse[order]], 1)
-    return halves[read], [(np.where(sparse[order], SPARSE, DENSE), first + order)]
-
-
-def _together(slabs: SlabMap, group: tuple[int, int]) -> tuple[np.ndarray, list[Job]]:
-    """Blocks of X that two panels share, in steps of two neighbouring blocks, and the panels' jobs."""
+def _together(slabs: SlabMap, members: np.ndarray) -> _Steps:
+    """Of groups of two panels, int64 [groups, 2]: two neighbouring blocks are a step, if a panel has anything there."""
     count = int(slabs.half_blocks.max()) // 2 + 1 if slabs.slabs else 0
-    kinds = np.zeros((2, count, 2), dtype=np.int64)  # of each panel, step and block; SPARSE in the first block takes both
-    slab = np.zeros((2, count, 2), dtype=np.int64)
-    for i, panel in enumerate(group):
-        if panel >= 0:
-            own = np.arange(int(slabs.slab_start[panel]), int(slabs.slab_start[panel + 1]))
-            first, sparse = slabs.half_blocks[own, 0].numpy(), slabs.sparse[own].numpy()
-            kinds[i, first // 2, first % 2] = np.where(sparse, SPARSE, DENSE)
-            slab[i, first // 2, first % 2] = own
-    needed = (kinds > SKIP) | (np.arange(2) == 1) & (kinds[:, :, :1] == SPARSE)
-    read = needed.any(0)
-    order = _spread(((kinds[0, :, 0] * 3 + kinds[0, :, 1]) * 3 + kinds[1, :, 0]) * 3 + kinds[1, :, 1])
-    order = order[read[order].any(1)]
-    blocks = (order[:, None] * 2 + np.arange(2))[read[order]]
-    jobs = []
+    group, side = np.zeros((2, slabs.panels), dtype=np.int64)  # of each panel
     for i in range(2):
-        # the second block of a sparse slab is no entry of its own
-        entry = read[order] & ~((np.arange(2) == 1) & (kinds[i, order, :1] == SPARSE))
-        mine = kinds[i, order][entry]
-        jobs.append((mine, slab[i, order][entry][mine > SKIP]))
-    return blocks, jobs
+        there = members[:, i] >= 0
+        group[members[there, i]], side[members[there, i]] = np.flatnonzero(there), i
+    kinds, slab = np.zeros((2, 2, len(members), 2 * count), dtype=np.int64)  # of each panel; a sparse slab at its first block
+    panel = slabs.panel.numpy()
+    where = side[panel], group[panel], slabs.half_blocks[:, 0].numpy()
+    kinds[where], slab[where] = np.where(slabs.sparse.numpy(), SPARSE, DENSE), np.arange(slabs.slabs)
+
+    kinds, slab = kinds.reshape(2, -1, 2), slab.reshape(2, -1, 2)
+    category = ((kinds[0, :, 0] * 3 + kinds[0, :, 1]) * 3 + kinds[1, :, 0]) * 3 + kinds[1, :, 1]
+    used = np.flatnonzero(category)
+    kinds, slab = kinds.take(used, 1), slab.take(used, 1)
+    doubled = (kinds[:, :, :1] == SPARSE) & np.array([False, True])
+    needed = (kinds > SKIP) | doubled
+    read = needed[0] | needed[1]
+    group_of, step = np.divmod(used, max(count, 1))
+    return _Steps(group_of, category[used], step[:, None] * 2 + np.arange(2), read, kinds, slab, read & ~doubled)
+
+
+def _spread(group: np.ndarray, category: np.ndarray) -> np.ndarray:
+    """An order, group by group, in which each category of a group comes evenly spread and, where two are equally many,
+    alternates with the other. group: int64 [n], ascending. category: int64 [n]."""
+    kind = group * (category.max(initial=0) + 1) + category
+    count = np.bincount(kind)
+    by_kind = np.argsort(kind, kind="stable")
+    rank = np.empty(len(kind), dtype=np.int64)
+    rank[by_kind] = np.arange(len(kind)) - np.repeat(_before(count), count)
+    return np.lexsort(((rank + 0.5) / count[kind], group))
+
+
+def _before(lengths: np.ndarray) -> np.ndarray:
+    """The sum of all that stand before each."""
+    return np.cumsum(lengths) - lengths
+
+
+def _places(at: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Of all entries of parts that begin at `at`, all first panels' before all second ones'. at, lengths: [groups, panels]."""
+    at, lengths = at.T.reshape(-1), lengths.T.reshape(-1)
+    return np.repeat(at - _before(lengths), lengths) + np.arange(lengths.sum())
 
 
 def runs_of(kinds: np.ndarray) -> np.ndarray:
@@ -196,6 +245,25 @@ def runs_of(kinds: np.ndarray) -> np.ndarray:
     return np.array(words, dtype=np.int64)
 
 
+def runs_of_all(kinds: np.ndarray, job: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`runs_of` each of many jobs at once, for which one by one takes milliseconds: all words, and the job of each.
+
+    kinds, job: int64 [n], jobs ascending.
+    """
+    first = np.flatnonzero(np.diff(job * 3 + kinds, prepend=-1))
+    lengths = np.diff(first, append=len(kinds))
+    # what is longer than a place holds goes on in the next words
+    words = -(-lengths // _LONGEST)
+    last = np.cumsum(words) - 1
+    length = np.full(words.sum(), _LONGEST)
+    length[last] = lengths - (words - 1) * _LONGEST
+    kind, owner = np.repeat(kinds[first], words), np.repeat(job[first], words)
+    begins = np.ones(len(kind), dtype=bool)
+    begins[1:] = (kind[1:] <= kind[:-1]) | (owner[1:] != owner[:-1])
+    first = np.flatnonzero(begins)
+    return np.bitwise_or.reduceat(length << 10 * kind, first), owner[first]
+
+
 def deal(costs: np.ndarray, tiles: int, workers: int, *, tokens: int, in_features: int) -> tuple[Tensor, np.ndarray]:
     """Items of all groups and token tiles for so many CTAs or clusters: int32 [workers used, 1 + most + 1], the number of items
     and then group | tile << 16, and float64 [workers used], the cost of each.
@@ -203,7 +271,7 @@ def deal(costs: np.ndarray, tiles: int, workers: int, *, tokens: int, in_feature
     tokens: of a tile.
     """
     order = raster(costs, tiles, tokens=tokens, in_features=in_features)
-    lists, load = assign(np.array([costs[g] for g, _ in order]), workers)
+    lists, load = assign(costs[[g for g, _ in order]], workers)
     table = np.zeros((len(lists), max(map(len, lists)) + 2), dtype=np.int32)
     for w, mine in enumerate(lists):
         table[w, 0] = len(mine)
@@ -226,7 +294,7 @@ def assign(costs: np.ndarray, workers: int) -> tuple[list[list[int]], np.ndarray
     """
     lists: list[list[int]] = [[] for _ in range(min(workers, len(costs)))]
     queue = [(0.0, w) for w in range(len(lists))]
-    for i, cost in enumerate(costs):
+    for i, cost in enumerate(costs.tolist()):
         busy, w = queue[0]
         lists[w].append(i)
         heapq.heapreplace(queue, (busy + cost, w))

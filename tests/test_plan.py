@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor
 from codegen.decode_schedule import MOST_STAGES
 from codegen.formats.slab_map import SlabMap, slab_map
 from codegen.formats.slabs import Slabs, from_slabs, to_slabs
-from codegen.plan import HEADER, SEGMENT, STAGE, StageCost, WorkPlan, work_plan
+from codegen.plan import HEADER, SEGMENT, STAGE, StageCost, WorkPlan, _panel_cuts, work_plan
 from patch_compiler import HardMask, TileKind, TileMap, pack
 from patch_compiler.packed import unpack
 
@@ -146,6 +147,38 @@ def test_what_divides_evenly_is_dealt_evenly() -> None:
     slabs = slab_map(TileMap.full((128, 64 * 60), TileKind.DENSE, 64))
     for ctas in (2, 4, 8, 24):
         assert work_plan(slabs, ctas, StageCost(1, 1, 0)).table[:, 1].tolist() == [120 // ctas] * ctas
+
+
+@settings(max_examples=150)
+@given(
+    slabs=st.lists(st.integers(0, 9), min_size=1, max_size=12),
+    of_slab=st.lists(st.sampled_from((0.0, 1.0, 1.25, 3.0)), min_size=12, max_size=12),
+    more=st.integers(0, 40),
+)
+def test_ctas_of_whole_panels_go_where_the_longest_part_is(slabs: list[int], of_slab: list[float], more: int) -> None:
+    """CTA by CTA, to the first of the panels whose parts are longest; a panel's parts are as equal as its slabs allow.
+
+    Of costs whose sums are exact.
+    """
+    starts = np.concatenate([[0], np.cumsum(slabs)])
+    costs = np.repeat(of_slab[: len(slabs)], slabs)
+    ctas = sum(n > 0 for n in slabs) + more
+    shares = [min(n, 1) for n in slabs]
+    for _ in range(more):
+        part = [n * c / k if k < n else 0.0 for n, c, k in zip(slabs, of_slab, shares, strict=False)]
+        if max(part) > 0:
+            shares[part.index(max(part))] += 1
+    cuts = _panel_cuts(costs, starts, ctas)
+    assert len(cuts) == max(ctas - 1, 0)
+    bounds = np.concatenate([[0], cuts, [starts[-1]]])
+    assert (np.diff(bounds) >= 0).all()
+    for p, share in enumerate(shares):
+        mine = [int(b) for b in bounds[1:] if starts[p] < b <= starts[p + 1]]
+        if of_slab[p] and slabs[p]:
+            pieces = np.diff([starts[p], *sorted(set(mine))])
+            assert len(pieces) == share
+            assert pieces.max() - pieces.min() <= 1
+            assert mine[share - 1] == starts[p + 1]
 
 
 def test_slivers_move_to_the_edge() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from codegen import prefill_plan
 from codegen.formats.slab_map import SlabMap, slab_map
-from codegen.prefill_plan import HEADER, ItemCost, Program, deal, pairs, program
+from codegen.prefill_plan import HEADER, ItemCost, Program, deal, pairs, program, runs_of, runs_of_all
 from patch_compiler import TileKind, TileMap
 
 from .strategies import tile_maps
@@ -75,16 +75,53 @@ def test_every_slab_once_with_its_own_blocks(slabs: SlabMap, panels: int, apart:
     assume(panels == 1 or slabs.in_pairs)
     work = program(slabs, panels, COST, apart and panels == 2)
     assert work.table.dtype == torch.int32
+    assert work.table[-HEADER:].tolist() == [0] * HEADER, "kernels read one entry ahead"
     seen = []
     for g in range(work.groups):
         blocks, jobs = group_of(work, g, panels)
         for job in jobs:
             check_job(slabs, blocks, job)
             seen.append(job.panel)
+        assert [kinds.tolist() for kinds in work.kinds[g]] == [job.kinds for job in jobs]
         needed = {b for job in jobs for slab, _ in job.slabs for b in slabs.half_blocks[slab].tolist()}
         assert panels == 1 or sorted(blocks) == sorted(needed), "each block once, and none that nobody multiplies"
     assert sorted(p for p in seen if p >= 0) == list(range(slabs.panels))
     assert len(seen) <= slabs.panels + 1
+
+
+@settings(max_examples=80)
+@given(tile_map=tile_maps(largest=1500, tiles=TILES), panels=st.sampled_from((1, 2)), apart=st.booleans())
+def test_a_group_does_what_it_would_do_without_the_others(tile_map: TileMap, panels: int, apart: bool) -> None:
+    slabs = slab_map(tile_map)
+    assume(panels == 1 or slabs.in_pairs)
+    work = program(slabs, panels, COST, apart)
+    for g in range(work.groups):
+        blocks, jobs = group_of(work, g, panels)
+        members = [job.panel for job in jobs if job.panel >= 0]
+        shape = (len(members) * tile_map.tile[0], tile_map.shape[1])
+        own = slab_map(TileMap(shape, tile_map.tile, tile_map.kinds[members]))
+        alone = program(own, panels, COST, apart)
+        own_blocks, own_jobs = group_of(alone, 0, panels)
+        assert alone.groups == 1
+        assert alone.costs[0] == work.costs[g]
+        assert own_blocks == blocks
+        assert [job.kinds for job in own_jobs] == [job.kinds for job in jobs]
+        for i, panel in enumerate(members):
+            moved = int(slabs.slab_start[panel] - own.slab_start[i])
+            assert [slab for slab, _ in jobs[i].slabs] == [slab + moved for slab, _ in own_jobs[i].slabs]
+
+
+@given(
+    st.lists(st.lists(st.tuples(st.integers(0, 2), st.sampled_from((1, 2, 5, 1023, 1024, 2046, 3000))), max_size=6), max_size=6)
+)
+@settings(max_examples=60)
+def test_runs_of_many_jobs_are_each_ones(of_jobs: list[list[tuple[int, int]]]) -> None:
+    kinds = [np.array([kind for kind, n in runs for _ in range(n)], dtype=np.int64) for runs in of_jobs]
+    job = np.repeat(np.arange(len(kinds)), [len(mine) for mine in kinds])
+    words, owner = runs_of_all(np.concatenate([*kinds, job[:0]]), job)
+    assert len(words) == len(owner)
+    for j, mine in enumerate(kinds):
+        assert words[owner == j].tolist() == runs_of(mine).tolist()
 
 
 def random_map(panels: int, columns: int, sparse: float, zero: float, seed: int = 0) -> SlabMap:
