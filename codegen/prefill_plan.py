@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -77,7 +77,7 @@ def program(slabs: SlabMap, panels: int, cost: ItemCost, apart: bool = False) ->
     job = np.broadcast_to((np.arange(panels)[:, None] * groups + steps.group)[..., None], steps.entry.shape)[steps.entry]
     kinds = steps.kinds[steps.entry]
     taken, taker = steps.slab[steps.entry][kinds > SKIP], job[kinds > SKIP]
-    words, owner = runs_of_all(kinds, job)
+    words, owner = runs_of(kinds, job)
 
     def per_job(of: np.ndarray) -> np.ndarray:
         """int64 [groups, panels]: how many there are of each job."""
@@ -231,24 +231,10 @@ def _places(at: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.repeat(at - _before(lengths), lengths) + np.arange(lengths.sum())
 
 
-def runs_of(kinds: np.ndarray) -> np.ndarray:
-    """Words of runs: as many kinds in one as stand in the order of their places in it."""
-    words, last = [], SPARSE
-    for kind, run in groupby(kinds.tolist()):
-        length = len(list(run))
-        while length:
-            now = min(length, _LONGEST)
-            if kind <= last:
-                words.append(0)
-            words[-1] |= now << 10 * kind
-            last, length = kind, length - now
-    return np.array(words, dtype=np.int64)
+def runs_of(kinds: np.ndarray, job: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Words of runs, as many kinds in one as stand in the order of their places in it: all jobs' words, and the job of each.
 
-
-def runs_of_all(kinds: np.ndarray, job: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`runs_of` each of many jobs at once, for which one by one takes milliseconds: all words, and the job of each.
-
-    kinds, job: int64 [n], jobs ascending.
+    kinds, job: int64 [n], jobs ascending. Many jobs at once: one by one they take milliseconds.
     """
     first = np.flatnonzero(np.diff(job * 3 + kinds, prepend=-1))
     lengths = np.diff(first, append=len(kinds))

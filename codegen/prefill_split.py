@@ -244,18 +244,22 @@ def _headers(items: _Items, wanted: list[tuple[int, int, int]]) -> Tensor:
     work = items.places.work
     groups = work.table[: work.groups * HEADER].view(-1, HEADER).numpy()
     headers = np.zeros((len(wanted), HEADER), dtype=np.int64)
-    parts, end = [headers.reshape(-1)], headers.size
+    of_panels: list[np.ndarray] = []  # views, and what each panel does there
+    kinds: list[np.ndarray] = []
     for header, (group, first, last) in zip(headers, wanted, strict=True):
         at = items.places.of(group)
         blocks, entries, slabs = (of[..., [first, last]] for of in (at.blocks, at.entries, at.slabs))
         header[:] = groups[group]
         header[:2] = header[0] + blocks[0], blocks[1] - blocks[0]
-        for i, kinds in enumerate(work.kinds[group]):
-            runs = runs_of(kinds[entries[i, 0] : entries[i, 1]])
+        for i, whole in enumerate(work.kinds[group]):
             of_panel = header[2 + 6 * i : 8 + 6 * i]
             of_panel[1:3] = of_panel[1] + 2 * slabs[i, 0], slabs[i, 1] - slabs[i, 0]
-            of_panel[3:] = end, len(runs), runs[0] if len(runs) else 0
-            parts.append(runs)
-            end += len(runs)
-    parts.append(np.zeros(1, dtype=np.int64))  # kernels read one entry ahead
-    return torch.from_numpy(np.concatenate(parts).astype(np.int32))
+            of_panels.append(of_panel)
+            kinds.append(whole[entries[i, 0] : entries[i, 1]])
+    words, owner = runs_of(np.concatenate(kinds), np.repeat(np.arange(len(kinds)), [len(mine) for mine in kinds]))
+    end = 0
+    for of_panel, count in zip(of_panels, np.bincount(owner, minlength=len(kinds)).tolist(), strict=True):
+        of_panel[3:] = headers.size + end, count, words[end] if count else 0
+        end += count
+    # kernels read one entry ahead
+    return torch.from_numpy(np.concatenate([headers.reshape(-1), words, [0]]).astype(np.int32))
