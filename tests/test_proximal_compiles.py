@@ -9,13 +9,15 @@ from .test_kernel_compiles import compile_all
 KERNEL = """
 from triton.compiler import ASTSource
 from learning.one_shot.kernels.proximal import GROUPS, ROWS, WARPS, _shrink_kernel
+from learning.one_shot.proxsparse import ITERATIONS, TOLERANCE
 
 for case in sys.argv[2:]:
     tiles, layout, alignment = case.split(":")
     signature = {"w_ptr": "*fp32", "sparse_ptr": "*u8" if tiles == "tiles" else "*fp32"}
     signature |= {"out_features": "i32", "in_features": "i32", "row_stride": "i64" if layout == "far" else "i32"}
     signature |= {"column_stride": "i32", "penalty": "fp32"}
-    constants = {"HAS_SPARSE": tiles == "tiles", "ROWS": ROWS, "GROUPS": GROUPS}
+    constants = {"ITERATIONS": ITERATIONS, "TOLERANCE": TOLERANCE, "ROWS": ROWS, "GROUPS": GROUPS}
+    constants["HAS_SPARSE"] = tiles == "tiles"
     constants["row_stride" if layout == "transposed" else "column_stride"] = 1
     unaligned = ("penalty", *(() if alignment == "aligned" else ("in_features", "row_stride", "column_stride")))
     aligned = [i for i, name in enumerate(signature) if name not in (*unaligned, *constants)]

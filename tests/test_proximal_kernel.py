@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import triton
@@ -16,6 +18,7 @@ from patch_compiler.masks import apply_mask, expand_codes, select_24
 from .strategies import same_bits
 from .test_proxsparse import objective
 
+shrink = partial(kernels.shrink_groups_, iterations=proxsparse.ITERATIONS, tolerance=proxsparse.TOLERANCE)
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
@@ -67,7 +70,7 @@ def weights(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor | None]:
 def test_any_weight(case: tuple[Tensor, Tensor, Tensor | None], strength: float) -> None:
     weight, whole, sparse = case
     before, penalty = weight.clone(), strength / max(float(weight.abs().max()), 1e-3)
-    kernels.shrink_groups_(weight, penalty, sparse)
+    shrink(weight, penalty, sparse)
     check(weight, before, penalty, sparse)
     assert int(whole.isfinite().sum()) == weight.numel()
     if weight.shape[1] % 4 in (1, 2):  # two are never too many
@@ -79,7 +82,7 @@ def test_any_weight(case: tuple[Tensor, Tensor, Tensor | None], strength: float)
 def test_nearly_all_groups_are_those_of_torch(penalty: float, device: torch.device) -> None:
     weight = torch.randn(40, 512, device=device)
     found = weight.clone()
-    kernels.shrink_groups_(found, penalty)
+    shrink(found, penalty)
     assert check(found, weight, penalty) > 0.998
 
 
@@ -87,11 +90,11 @@ def test_what_needs_no_shrinking_keeps_its_bits(device: torch.device) -> None:
     weight = torch.randn(40, 64, device=device)
     weight.view(-1, 4)[:, 1] = -0.0
     found = weight.clone()
-    kernels.shrink_groups_(found, 0.0)
+    shrink(found, 0.0)
     assert same_bits(found, weight)
     weight.view(-1, 4)[:, 2] = 0.0
     found = weight.clone()
-    kernels.shrink_groups_(found, 5.0)
+    shrink(found, 5.0)
     assert same_bits(found, weight)
 
 
@@ -99,7 +102,7 @@ def test_what_needs_no_shrinking_keeps_its_bits(device: torch.device) -> None:
 def test_the_first_of_equals_are_kept(columns: int, device: torch.device) -> None:
     weight = torch.randint(-2, 3, (60, columns), device=device).float()
     found = weight.clone()
-    kernels.shrink_groups_(found, 1e6)
+    shrink(found, 1e6)
     keep = expand_codes(select_24(weight.abs()), columns)
     assert same_bits(found.abs(), apply_mask(weight, keep).abs())
     assert torch.equal(found.signbit(), weight.signbit())
@@ -109,7 +112,7 @@ def test_only_the_smallest_goes_of_equals(device: torch.device) -> None:
     """The best of four equal weights has one zero at this penalty: the last, as in torch."""
     weight = torch.tensor([[1.0, -1.0, 1.0, -1.0]], device=device)
     expected = weight.clone().cpu()
-    kernels.shrink_groups_(weight, 1.16)
+    shrink(weight, 1.16)
     proxsparse.shrink_groups_(expected, 1.16)
     assert expected.ne(0).tolist() == [[True, True, True, False]]
     torch.testing.assert_close(weight.cpu(), expected, rtol=1e-5, atol=0)
@@ -127,7 +130,7 @@ def test_what_is_not_finite_stays_in_sight(device: torch.device) -> None:
         weight = torch.randn(16, 24, device=device)
         weight[rows, place] = value
         found = weight.clone()
-        kernels.shrink_groups_(found, 0.5)
+        shrink(found, 0.5)
         assert check(found.masked_fill(touched, 0.0), weight.masked_fill(touched, 0.0), 0.5) > 0.9
         assert same_bits(found[rows, place], weight[rows, place])
         if value == value:
@@ -143,7 +146,7 @@ def test_products_that_overflow(size: float, device: torch.device) -> None:
     weight = size * (1 + torch.rand(10, 16)) * torch.randn(10, 16).sign()
     for penalty in (0.0, 1.0):
         found, expected = weight.clone().to(device), weight.clone()
-        kernels.shrink_groups_(found, penalty)
+        shrink(found, penalty)
         proxsparse.shrink_groups_(expected, penalty)
         torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=0, equal_nan=True)
 
@@ -151,10 +154,10 @@ def test_products_that_overflow(size: float, device: torch.device) -> None:
 def test_autograd_notices_the_writing(device: torch.device) -> None:
     weight = torch.nn.Parameter(torch.randn(4, 8, device=device))
     before = weight._version
-    kernels.shrink_groups_(weight.detach().t(), 0.5)
+    shrink(weight.detach().t(), 0.5)
     assert weight._version > before
 
 
 def test_only_float32(device: torch.device) -> None:
     with pytest.raises(ValueError, match=r"torch.float64 \[2, 4\]: the kernel takes float32"):
-        kernels.shrink_groups_(torch.zeros(2, 4, device=device).double(), 1.0)
+        shrink(torch.zeros(2, 4, device=device).double(), 1.0)

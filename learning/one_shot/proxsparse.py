@@ -41,7 +41,7 @@ def shrink_groups_(weight: Tensor, penalty: float, sparse: Tensor | None = None)
     if weight.is_cuda and weight.dtype == torch.float32:
         from .kernels import proximal as kernels  # needs Triton, which not every machine without a GPU has
 
-        kernels.shrink_groups_(weight, penalty, sparse)
+        kernels.shrink_groups_(weight, penalty, sparse, iterations=ITERATIONS, tolerance=TOLERANCE)
         return
     m, k = weight.shape
     rows = max(1, CHUNK_GROUPS * GROUP // k)

@@ -17,12 +17,10 @@ from torch import Tensor
 
 from patch_compiler.tile_map import GROUP
 
-from .. import proxsparse
 from .order import ranks
 
 # One warp, so that asking whether any group has moved needs no barrier; a row of groups is one access of it.
 ROWS, GROUPS, WARPS = 4, 32, 1
-ITERATIONS, TOLERANCE = tl.constexpr(proxsparse.ITERATIONS), tl.constexpr(proxsparse.TOLERANCE)
 
 
 @triton.jit
@@ -39,7 +37,7 @@ def _best_place(z, a, b, c, penalty):
 
 
 @triton.jit
-def _descend(v0, v1, v2, v3, z0, z1, z2, z3, penalty):
+def _descend(v0, v1, v2, v3, z0, z1, z2, z3, penalty, ITERATIONS: tl.constexpr, TOLERANCE: tl.constexpr):
     """v after coordinate descent; where z is zero v stays zero."""
     tolerance = TOLERANCE * tl.maximum(tl.maximum(z0, z1), tl.maximum(z2, z3))
     rounds_left = ITERATIONS
@@ -81,7 +79,7 @@ def _signed(v, w):
 @triton.jit
 def _shrink_kernel(
     w_ptr, sparse_ptr, out_features, in_features, row_stride, column_stride, penalty,
-    HAS_SPARSE: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
+    ITERATIONS: tl.constexpr, TOLERANCE: tl.constexpr, HAS_SPARSE: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS rows of GROUPS groups."""
     groups = (in_features + 3) // 4
@@ -111,7 +109,7 @@ def _shrink_kernel(
         start = penalty * ((largest - 1) * (largest - 2) // 2)  # once for each pair of the others
         c0, c1, c2, c3 = _descend(
             _equal_group(y0, start), _equal_group(y1, start), _equal_group(y2, start), _equal_group(y3, start),
-            y0, y1, y2, y3, penalty,
+            y0, y1, y2, y3, penalty, ITERATIONS, TOLERANCE,
         )  # fmt: skip
         objective = _objective(c0, c1, c2, c3, z0, z1, z2, z3, penalty)
         better = _wins(objective, best)
@@ -125,8 +123,11 @@ def _shrink_kernel(
     tl.store(p3, _signed(v3, w3), mask=in3)
 
 
-def shrink_groups_(weight: Tensor, penalty: float, sparse: Tensor | None = None) -> None:
-    """As `shrink_groups_` of ../proxsparse.py, for float32 of any strides. NaN stays, no error is raised."""
+def shrink_groups_(weight: Tensor, penalty: float, sparse: Tensor | None = None, *, iterations: int, tolerance: float) -> None:
+    """As `shrink_groups_` of ../proxsparse.py, for float32 of any strides. NaN stays, no error is raised.
+
+    iterations: of the coordinate descent at most. tolerance: of a group's largest weight; it ends when none moved farther.
+    """
     m, k = weight.shape
     if weight.dtype != torch.float32:
         raise ValueError(f"weight {weight.dtype} {list(weight.shape)}: the kernel takes float32")
@@ -134,6 +135,7 @@ def shrink_groups_(weight: Tensor, penalty: float, sparse: Tensor | None = None)
     with torch.cuda.device_of(weight):
         _shrink_kernel[grid](
             weight, weight if sparse is None else sparse.contiguous().view(torch.uint8), m, k, *weight.stride(),
-            float(penalty), HAS_SPARSE=sparse is not None, ROWS=ROWS, GROUPS=GROUPS, num_warps=WARPS,
+            float(penalty), ITERATIONS=iterations, TOLERANCE=tolerance, HAS_SPARSE=sparse is not None, ROWS=ROWS, GROUPS=GROUPS,
+            num_warps=WARPS,
         )  # fmt: skip
     torch.autograd.graph.increment_version(weight)  # a kernel's writing is not seen by autograd
