@@ -78,6 +78,8 @@ def measure(model: nn.Module, masks: dict[str, HardMask], tokenizer: Any, device
     eager = dense(ids).logits
     torch._dynamo.reset()
     dense_compiled = torch.compile(dense)(ids).logits
+    torch._dynamo.reset()
+    by_reference = torch.compile(masked(torch.bfloat16), backend="patch", options={"kernel": "reference"})(ids).logits
     packed = convert(masked(torch.bfloat16))
     packed_eager = packed(ids).logits
     torch._dynamo.reset()
@@ -86,6 +88,7 @@ def measure(model: nn.Module, masks: dict[str, HardMask], tokenizer: Any, device
         "converted eager vs masked dense eager": relative_error(packed_eager, eager),
         "converted compiled vs masked dense eager": relative_error(packed_compiled, eager),
         "converted compiled vs masked dense compiled": relative_error(packed_compiled, dense_compiled),
+        "reference kernel compiled vs masked dense compiled": relative_error(by_reference, dense_compiled),
         "masked dense compiled vs masked dense eager": relative_error(dense_compiled, eager),
         "masked dense eager bf16 vs fp32": relative_error(eager, exact),
         "masked dense compiled bf16 vs fp32": relative_error(dense_compiled, exact),
