@@ -36,6 +36,7 @@ GROUPS = (
     ("Inductor", r"^triton_"),
 )
 CACHE = 128  # tokens beyond the prompt: the bench's default, whose compiled graphs are then found again
+BEFORE = 4  # tokens made before the profile begins
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,12 @@ def account(kernels: Iterable[Kernel], steps: int) -> dict[str, Any]:
 
 
 def profiled(variant: Variant, batch: int, prompt: int, steps: int) -> dict[str, Any]:
-    """What `account` says of so many steps after a prompt. steps: less than CACHE."""
+    """What `account` says of so many steps after a prompt. steps: at most CACHE - BEFORE."""
     vocabulary: Any = variant.model.config.vocab_size  # type: ignore[union-attr]
     ids = torch.randint(vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(0)).cuda()
     decoder = GreedyDecoder(variant.model, batch, prompt + CACHE, variant.compile)
     for _ in range(2):  # CUDA graphs are recorded at the second call of a shape
-        token = decoder.generate(ids, 4)[:, -1:]
+        token = decoder.generate(ids, BEFORE)[:, -1:]
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as prof:
         for _ in range(steps):
@@ -123,8 +124,8 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20, help="profiled (%(default)s)")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/step-profile-GPU.json")
     args = parser.parse_args(argv)
-    if not 0 < args.steps < CACHE:
-        parser.error(f"--steps {args.steps}: the cache has room for 1 to {CACHE - 1}")
+    if not 0 < args.steps <= CACHE - BEFORE:
+        parser.error(f"--steps {args.steps}: the cache has room for 1 to {CACHE - BEFORE}")
     return args
 
 

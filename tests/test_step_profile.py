@@ -59,3 +59,11 @@ def test_nothing_seen_is_an_error() -> None:
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert step_profile.main([]) == 2
     assert "needs a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("steps", ["0", "125"])
+def test_the_cache_has_no_room_for_more(steps: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 128 tokens beyond the prompt four are made before the profile."""
+    with pytest.raises(SystemExit):
+        step_profile.main(["--steps", steps])
+    assert f"--steps {steps}: the cache has room for 1 to 124" in capsys.readouterr().err

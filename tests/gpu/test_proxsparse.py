@@ -31,7 +31,7 @@ def test_a_layer_against_torch(shape: tuple[int, int], strength: float) -> None:
     weight = 0.03 * torch.randn(shape, device="cuda")
     sparse = torch.rand(shape[0], -(-shape[1] // 4), device="cuda") < 0.7
     for groups, transposed in ((sparse, False), (None, False), (sparse, True)):
-        found = weight.t().contiguous().t() if transposed else weight.clone()
+        found = weight.mT.clone(memory_format=torch.contiguous_format).mT if transposed else weight.clone()
         shrink_groups_(found, strength / 0.03, groups)
         assert check(found, weight, strength / 0.03, groups) > 0.998
 
