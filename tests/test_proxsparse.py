@@ -116,7 +116,7 @@ def test_groups_of_any_width_in_chunks(rows: int, columns: int, seed: int) -> No
                 part.copy_(proximal(torch.cat([part, torch.zeros(4 - part.numel())])[None], 0.5)[0, : part.numel()])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(proxsparse, "CHUNK_GROUPS", 4)
-        found = w.t().contiguous().t()  # as Conv1D stores it
+        found = w.mT.clone(memory_format=torch.contiguous_format).mT  # as Conv1D stores it
         shrink_groups_(found, 0.5, sparse)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     partial = columns % 4
