@@ -54,17 +54,22 @@ def lines(intervals: Sequence[Interval]) -> list[str]:
     """Intervals in words. Where two schedules take turns (one suits even numbers of token tiles, say) they share a line."""
     found, rest = [], list(intervals)
     while rest:
-        turns = 1
-        while turns < len(rest) and _take_turns(rest[: turns + 1]):
-            turns += 1
-        turns = turns if turns > 2 else 1
-        found.append(_told(rest[:turns]) if turns > 1 else str(rest[0]))
-        del rest[:turns]
+        together = _taking_turns(rest)
+        if together < 3:
+            together = 1
+        found.append(_told(rest[:together]) if together > 1 else str(rest[0]))
+        del rest[:together]
     return found
 
 
-def _take_turns(intervals: Sequence[Interval]) -> bool:
-    return all(i.measured is None for i in intervals) and len({i.schedule for i in intervals}) == 2
+def _taking_turns(intervals: Sequence[Interval]) -> int:
+    """How many of them, from the first on, are predicted and share two schedules."""
+    schedules = set()
+    for before, interval in enumerate(intervals):
+        schedules.add(interval.schedule)
+        if interval.measured is not None or len(schedules) != min(before + 1, 2):
+            return before
+    return len(intervals)
 
 
 def _told(intervals: Sequence[Interval]) -> str:

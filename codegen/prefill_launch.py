@@ -55,9 +55,8 @@ class PrefillLaunch:
         self.schedule, self.problem, self.gpu, self._to_device, self._workspace = schedule, problem, gpu, to_device, workspace
         self.rows = problem.slabs.rows
         cost = item_cost(schedule, problem.slabs, gpu)
-        self._groups = program(problem.slabs, schedule.group, cost, apart=schedule.panel_ctas == 2)
-        self._places = Places(self._groups, cost)
-        self._program = to_device(self._groups.table)
+        self._places = Places(program(problem.slabs, schedule.group, cost, apart=schedule.panel_ctas == 2), cost)
+        self._program = to_device(self._places.work.table)
         self._width = schedule.tokens * schedule.token_ctas
         self._works: dict[int, _Work] = {}  # by number of token tiles, the one used last is the last
         self._captured: set[int] = set()
@@ -103,7 +102,7 @@ class PrefillLaunch:
         if self.schedule.split:
             shares = share(self._places, tiles, workers, tokens=self._width, in_features=inputs)
             return _Work(self._to_device(shares.headers), self._to_device(shares.items), shares.parts)
-        table, _ = deal(self._groups.costs, tiles, workers, tokens=self._width, in_features=inputs)
+        table, _ = deal(self._places.work.costs, tiles, workers, tokens=self._width, in_features=inputs)
         return _Work(self._program, self._to_device(table), 0)
 
     def _descriptors(self, x: Tensor, values: Tensor, metadata: Tensor, y: Tensor) -> tuple[Any, ...]:
