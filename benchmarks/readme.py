@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,16 @@ def demo() -> str:
 
 def decode() -> str:
     """The decode benchmark's table; nothing as long as there is no results file."""
-    return decode_section.for_readme(load(DECODE)) if (RESULTS / DECODE).exists() else ""
+    return _if_measured(DECODE, decode_section.for_readme)
 
 
 def model() -> str:
     """The end-to-end benchmark's table; nothing as long as there is no results file."""
-    return models_section.for_readme(load(MODEL)) if (RESULTS / MODEL).exists() else ""
+    return _if_measured(MODEL, models_section.for_readme)
+
+
+def _if_measured(name: str, for_readme: Callable[[dict[str, Any]], str]) -> str:
+    return for_readme(load(name)) if (RESULTS / name).exists() else ""
 
 
 SECTIONS = {"results": demo, "model": model, "decode": decode}

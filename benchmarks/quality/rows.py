@@ -13,6 +13,7 @@ Kind = Literal["dense", "one-shot", "three of four", "learned"]
 HYBRID = (0.25, 0.35, 0.45)
 ONE_SHOT = ("magnitude", "wanda", "sparsegpt", "thanos", "proxsparse")
 FEED_FORWARD = r"mlp"
+PROXSPARSE_WINDOWS = 400  # of its paper
 
 
 @dataclass(frozen=True)

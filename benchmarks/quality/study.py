@@ -39,11 +39,10 @@ from patch_compiler.hard_mask import HardMask
 from patch_compiler.provenance import provenance, write_results
 from patch_compiler.tile_map import sparsity_of
 
-from .rows import Row, learn_config, rows
+from .rows import PROXSPARSE_WINDOWS, Row, learn_config, rows
 from .three_of_four import prune_three_of_four
 
 CALIBRATION_WINDOWS = 64
-PROXSPARSE_WINDOWS = 400
 
 
 class Study:

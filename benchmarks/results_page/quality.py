@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..charts import Axes, Field, Series, line_chart
 from ..origin import origin
+from ..quality.rows import PROXSPARSE_WINDOWS
 from ..svg import INK, SERIES
 from .section import Record, Section, figure, markdown_table, where_from
 
@@ -23,7 +24,7 @@ def section(name: str, record: Record) -> Section:
         f"{where_from(record)}\n"
         f"{record['model']}{', ' + record['note'] if record['note'] else ''}. Learned rows: {settings['steps']} steps of "
         f"{settings['batch']} windows of {settings['context']} tokens.\nAll calibrate on the same windows and learn from the "
-        "same text, ProxSparse from 400 windows of it; perplexity is of held-out text.",
+        f"same text, ProxSparse from {PROXSPARSE_WINDOWS} windows of it; perplexity is of held-out text.",
         figure(picture, "perplexity by sparsity and method"),
         markdown_table(["row", "perplexity", "sparsity", "seconds", "peak GB"], rows),
     ]
