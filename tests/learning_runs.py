@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -70,3 +73,15 @@ def _alone(work: Callable[..., None], *arguments: Any) -> None:
 
 def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def terminate_in_step(patch: pytest.MonkeyPatch, step: int) -> None:
+    """Whatever learns from now on in this process gets SIGTERM in this step, which counts from 0."""
+    original = LearnedMasks.sample
+
+    def sample(self: LearnedMasks, now: int, number: int) -> None:
+        if now == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(self, now, number)
+
+    patch.setattr(LearnedMasks, "sample", sample)

@@ -23,12 +23,12 @@ from learning.commands.options import tile
 from learning.evaluation.perplexity import perplexity
 from learning.models import load_model
 from learning.soft_masks.learn_config import LearnConfig, Ramp
-from learning.soft_masks.learned_masks import LearnedMasks
 from learning.training.state import latest
 from patch_compiler.artifact import load_masks
 from patch_compiler.atomic import OUR_FILES
 from patch_compiler.tile_map import TileKind
 
+from .learning_runs import terminate_in_step
 from .test_learning_cli import refused
 from .tiny import save_tiny
 
@@ -249,15 +249,8 @@ def test_bad_places_are_refused_before_the_model_is_loaded(base, tmp_path, capsy
 
 def test_stopped_it_says_so_and_resumes_with_the_same_result(base, tmp_path, capsys, monkeypatch):
     assert learn(base, tmp_path / "whole", mode="joint") == 0
-    original = LearnedMasks.sample
-
-    def sample(self, step: int, number: int) -> None:
-        if step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        original(self, step, number)
-
     with monkeypatch.context() as patch:
-        patch.setattr(LearnedMasks, "sample", sample)
+        terminate_in_step(patch, 1)
         with pytest.raises(SystemExit) as stop:
             learn(base, tmp_path / "out", mode="joint")
     assert stop.value.code == learn_command.EXIT_STOPPED

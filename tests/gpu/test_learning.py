@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,14 +18,13 @@ from learning.evaluation.perplexity import perplexity
 from learning.one_shot import METHODS
 from learning.prune import prune
 from learning.soft_masks.learn_config import Ramp, Relaxing
-from learning.soft_masks.learned_masks import LearnedMasks
 from learning.training.distributed import Ranks
 from learning.training.stop_request import STOP_FILE, Stopped
 from patch_compiler.artifact import load_masks
 from patch_compiler.linears import named_linears, weight_of
 from patch_compiler.tile_map import TileKind, sparsity_of
 
-from ..learning_runs import Run, same_bits
+from ..learning_runs import Run, same_bits, terminate_in_step
 from ..test_quality_study import check_every_kind, tiny_study
 from ..test_training_resume import stop_in_step
 from ..tiny import VOCABULARY, save_tiny, tiny_llama
@@ -188,15 +185,8 @@ def test_a_joint_run_from_a_hybrid_mask_stopped_resumed_and_evaluated(base: Path
         "learn", base, "--mode", "joint", *LEARN, "--sparsity", "0.35", "--mask-from", pruned / "mask.safetensors",
         "--tile-prior", "mask", "-o", out,
     )  # fmt: skip
-    original = LearnedMasks.sample
-
-    def sample(self: LearnedMasks, step: int, number: int) -> None:
-        if step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        original(self, step, number)
-
     with monkeypatch.context() as patch:
-        patch.setattr(LearnedMasks, "sample", sample)
+        terminate_in_step(patch, 1)
         with pytest.raises(SystemExit) as stop:
             main([str(a) for a in command])
     assert stop.value.code == EXIT_STOPPED
