@@ -3,8 +3,9 @@
     python -m benchmarks.learning_cost [--cases 135m 1b 7b] [--steps 5] [--output benchmarks/results/learning-cost-<gpu>.json]
 
 Random weights in the sizes of SmolLM2-135M, Llama-3.2-1B and LLaMA-2-7B; random tokens. Eager: softmax, noise, masks and
-products as separate autograd operations, recomputed block by block like ours. Memory is what a step needs at its peak beyond
-the activations, which are taken from the same step with dense frozen weights; the weights themselves count.
+products as separate autograd operations. Both with activations that are recomputed block by block and with activations that
+are kept. Memory is what a step needs at its peak beyond the activations, which are taken from our step with dense frozen
+weights; the weights themselves count.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +26,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from learning.budget import Budget
-from learning.soft_masks import learned_masks
-from learning.soft_masks.draw import Relaxation
+from learning.soft_masks import masked_layer
+from learning.soft_masks.draw import Draw
 from learning.soft_masks.learn_config import LearnConfig
 from learning.soft_masks.learned_masks import LearnedMasks
-from learning.soft_masks.noise import NoiseKey
 from learning.soft_masks.priors import Start
 from learning.training.distributed import Ranks
-from learning.training.loop import recomputing
 from learning.training.next_token_loss import next_token_loss
 from learning.training.optimizer import LearnedOptimizer
+from learning.training.training_blocks import training_blocks
 from patch_compiler.bench.random_llama import SIZES, random_llama
 from patch_compiler.linears import named_linears, weight_of
 from patch_compiler.masks import PATTERNS, expand_codes
@@ -53,7 +54,7 @@ VOCABULARY = 32000
 
 def eager_masked_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, gates: Tensor | None, pattern: Tensor, *, tile: tuple[int, int],
-    relaxation: Relaxation, key: NoiseKey, layer: int, norm_pull: float,
+    draw: Draw, norm_pull: Tensor | float,
 ) -> Tensor:  # fmt: skip
     """`learning.soft_masks.gumbel.masked_linear` without a line of ours: torch's random numbers, autograd's backward pass."""
     k = weight.shape[1]
@@ -61,7 +62,8 @@ def eager_masked_linear(
         kept = expand_codes(pattern, k).to(weight.dtype)
     else:
         uniform = torch.rand(pattern.shape, device=pattern.device).clamp_(1e-7, 1 - 1e-7)
-        logits = (relaxation.scale * pattern.float() - (-uniform.log()).log()) / relaxation.temperature
+        how = draw.relaxation
+        logits = (how.scale * pattern.float() - (-uniform.log()).log()) / how.temperature
         patterns = torch.tensor(PATTERNS, dtype=weight.dtype, device=weight.device)
         kept = torch.einsum("pmg,pi->mgi", logits.softmax(0).to(weight.dtype), patterns).flatten(1)[:, :k]
     if gates is not None:
@@ -69,7 +71,7 @@ def eager_masked_linear(
         kept = spread + (1 - spread) * kept
     effective = weight * kept
     y = functional.linear(x, effective, bias)
-    if norm_pull:
+    if isinstance(norm_pull, Tensor):
         y = _Pull.apply(y, effective, norm_pull)  # its gradient arrives with the output's
     return y
 
@@ -78,25 +80,24 @@ class _Pull(torch.autograd.Function):
     """y, and the gradient of norm_pull / 2 · ‖effective‖² on the way back."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, effective: Tensor, norm_pull: float) -> Tensor:
-        ctx.save_for_backward(effective)
-        ctx.norm_pull = norm_pull
+    def forward(ctx: Any, y: Tensor, effective: Tensor, norm_pull: Tensor) -> Tensor:
+        ctx.save_for_backward(effective, norm_pull)
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        (effective,) = ctx.saved_tensors
-        return gradients[0], ctx.norm_pull * effective, None
+        effective, norm_pull = ctx.saved_tensors
+        return gradients[0], norm_pull * effective, None
 
 
 @contextmanager
 def eager() -> Iterator[None]:
-    ours = learned_masks.masked_linear
-    learned_masks.masked_linear = eager_masked_linear  # type: ignore[assignment]
+    ours = masked_layer.masked_linear
+    masked_layer.masked_linear = eager_masked_linear  # type: ignore[assignment]
     try:
         yield
     finally:
-        learned_masks.masked_linear = ours
+        masked_layer.masked_linear = ours
 
 
 def timed(step: Callable[[int], object], steps: int) -> tuple[float, int]:
@@ -111,7 +112,8 @@ def timed(step: Callable[[int], object], steps: int) -> tuple[float, int]:
     return 1e3 * (time.perf_counter() - begin) / steps, torch.cuda.max_memory_allocated()
 
 
-def measure(size: str, mode: Any, steps: int) -> dict[str, Any]:
+def measure(size: str, mode: Any, steps: int) -> Iterator[dict[str, Any]]:
+    """A row with activations recomputed, then one with activations kept."""
     name, (windows, context), _ = CASES[size]
     model = random_llama(replace(SIZES[name], vocabulary=VOCABULARY))
     linears = named_linears(model)
@@ -119,14 +121,21 @@ def measure(size: str, mode: Any, steps: int) -> dict[str, Any]:
     tokens = torch.randint(VOCABULARY, (windows, context), device="cuda")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    norm = model.model.layers[0].input_layernorm.weight.requires_grad_()  # so that gradients go all the way back
+    norm = model.model.layers[0].input_layernorm.weight
+
+    def loss(compiled: bool) -> Tensor:
+        return next_token_loss(model, tokens, compiled)
 
     def dense_step(_: int) -> None:
         model.zero_grad()
-        next_token_loss(model, tokens).backward()
+        loss(compiled=True).backward()
 
-    with recomputing(model):
-        dense_ms, dense_peak = timed(dense_step, steps)
+    dense = []
+    norm.requires_grad_()  # so that gradients go all the way back
+    for recompute in (True, False):
+        with training_blocks(model, recompute=recompute, compiled=True):
+            dense.append(timed(dense_step, steps))
+        gc.collect()
     norm.requires_grad_(False).grad = None
     config = LearnConfig.published(
         mode, Budget(0.45), batch=windows, micro_batch=windows, context=context, steps=1000, tile_prior="none",
@@ -136,31 +145,37 @@ def measure(size: str, mode: Any, steps: int) -> dict[str, Any]:
     masks = LearnedMasks(model, config, Start(codes, None))
     optimizer = LearnedOptimizer(masks.parameters_to_train(), config, Ranks(torch.device("cuda", 0)))
 
-    def step(number: int) -> None:
+    def step(number: int, compiled: bool = False) -> None:
         masks.sample(number, 0)
-        next_token_loss(model, tokens).backward()
+        loss(compiled).backward()
         optimizer.step(number, float(optimizer.collect().sqrt()))
 
-    found = {
-        "size": size, "mode": mode, "precision": config.precision, "weights": weights, "windows": windows, "context": context,
-        "dense_ms": round(dense_ms, 1),
-    }  # fmt: skip
-    beside = dense_peak - 2 * weights
-    with recomputing(model):
-        ms, peak = timed(step, steps)
-        found |= {
-            "step_ms": round(ms, 1),
-            "peak_gb": round(peak / 1e9, 2),
-            "bytes_per_weight": round((peak - beside) / weights, 2),
-        }
-        try:
-            with eager():
-                ms, peak = timed(step, steps)
-            found |= {"eager_ms": round(ms, 1), "eager_bytes_per_weight": round((peak - beside) / weights, 2)}
-        except torch.OutOfMemoryError:
-            found["eager_ms"] = None
+    for recompute, (dense_ms, dense_peak) in zip((True, False), dense, strict=True):
+        beside = dense_peak - 2 * weights
+        found: dict[str, Any] = {
+            "size": size, "mode": mode, "precision": config.precision, "weights": weights, "windows": windows,
+            "context": context, "activations": "recomputed" if recompute else "kept", "dense_ms": round(dense_ms, 1),
+        }  # fmt: skip
+        with training_blocks(model, recompute=recompute, compiled=True):
+            found |= _cost("", *timed(partial(step, compiled=True), steps), beside, weights)
+        with training_blocks(model, recompute=recompute):
+            found |= _cost("uncompiled_", *timed(step, steps), beside, weights)
+            try:
+                with eager():
+                    ms, peak = timed(step, steps)
+                found |= {"eager_ms": round(ms, 1), "eager_bytes_per_weight": round((peak - beside) / weights, 2)}
+            except torch.OutOfMemoryError:
+                found["eager_ms"] = None
+        optimizer.forget()
+        yield found
     masks.release()
-    return found
+
+
+def _cost(who: str, ms: float, peak: int, beside: int, weights: int) -> dict[str, float]:
+    return {
+        f"{who}step_ms": round(ms, 1), f"{who}peak_gb": round(peak / 1e9, 2),
+        f"{who}bytes_per_weight": round((peak - beside) / weights, 2),
+    }  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -178,13 +193,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     for size in args.cases:
         for mode in CASES[size][2]:
-            rows.append(measure(size, mode, args.steps))
-            print(rows[-1], flush=True)
-            gc.collect()
-            torch.cuda.empty_cache()
+            for row in measure(size, mode, args.steps):
+                rows.append(row)
+                print(row, flush=True)
+                gc.collect()
+                torch.cuda.empty_cache()
     output = args.output or results_file("learning-cost")
     write_results(output, provenance("benchmarks.learning_cost", arguments), {"rows": rows})
-    columns = ("size", "mode", "precision", "step_ms", "eager_ms", "dense_ms", "bytes_per_weight", "eager_bytes_per_weight")
+    columns = (
+        "size", "mode", "precision", "activations", "step_ms", "uncompiled_step_ms", "eager_ms", "dense_ms", "bytes_per_weight",
+        "uncompiled_bytes_per_weight", "eager_bytes_per_weight",
+    )  # fmt: skip
     print(table([tuple(row.get(c, "–") for c in columns) for row in rows], columns))
     return 0
 

@@ -51,7 +51,9 @@ class Run:
         self.masks = LearnedMasks(self.model, self.config, start)
 
     def train(self, run: Path | None = None, **options: Any) -> TrainResult:
-        return train(self.model, self.masks, self.tokens, self.config, run=run, **({"progress": False} | options))
+        return train(
+            self.model, self.masks, self.tokens, self.config, run=run, **({"progress": False, "compiled": False} | options)
+        )
 
     def learned(self) -> dict[str, Tensor]:
         return {name: whole(tensor).clone() for name, tensor in self.masks.state_dict().items()}

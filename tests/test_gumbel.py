@@ -60,7 +60,7 @@ class Case:
         if learned:
             pattern = (0.014 * torch.randn(6, *pattern.shape)).to(logits or dtype)
             key = NoiseKey(*torch.randint(2**62, (3,)).tolist())
-            draw = Draw(relaxation or Relaxation(100.0, 2.0), key, int(torch.randint(200, ())))
+            draw = Draw.of(relaxation or Relaxation(100.0, 2.0), key, int(torch.randint(200, ())))
         moved = [None if t is None else t.to(device) for t in (gates, pattern)]
         pulled = None if pull is None else torch.tensor(pull, device=device)
         return cls(weight.to(dtype).to(device), *moved, tile, draw, pulled)  # type: ignore[arg-type]
@@ -72,10 +72,7 @@ class Case:
         return Case(self.weight.double(), gates, pattern, self.tile, self.draw, self.pull)
 
     def options(self) -> dict:
-        found: dict = {"tile": self.tile}
-        if self.draw is not None:
-            found |= {"relaxation": self.draw.relaxation, "key": self.draw.key, "layer": self.draw.layer}
-        return found
+        return {"tile": self.tile, "draw": self.draw}
 
     def naive_weight(self) -> Tensor:
         """W ⊙ mask as the formulas say, differentiable by autograd, in float64."""
@@ -180,7 +177,7 @@ def test_low_temperature_gives_a_hard_mask_and_noise_free_logits_win() -> None:
     codes = select_24(torch.rand(9, 23))
     pi = F.one_hot(codes.long(), 6).permute(2, 0, 1).contiguous().float()
     weight = torch.randn(9, 23)
-    soft = masked_weight(weight, None, pi, tile=4, relaxation=Relaxation(1e4, 0.01), key=NoiseKey(0, 0, 0), layer=1)
+    soft = masked_weight(weight, None, pi, tile=4, draw=Draw.of(Relaxation(1e4, 0.01), NoiseKey(0, 0, 0), 1))
     whole = slice(0, 20)
     assert torch.equal(soft[:, whole], (weight * expand_codes(codes, 23))[:, whole])
 
@@ -191,8 +188,9 @@ def test_layers_and_keys_draw_different_masks_and_the_same_again() -> None:
     options = case.options()
     same = [masked_weight(case.weight, case.gates, case.pattern, **options) for _ in range(2)]
     assert torch.equal(*same)
-    for changed in ({"layer": case.draw.layer + 1}, {"key": NoiseKey(case.draw.key.seed, case.draw.key.step, 0)}):
-        other = masked_weight(case.weight, case.gates, case.pattern, **options | changed)
+    key, layer, relaxation = case.draw.key, case.draw.layer, case.draw.relaxation
+    for changed in ((key, layer + 1), (NoiseKey(key.seed, key.step, 0), layer)):
+        other = masked_weight(case.weight, case.gates, case.pattern, tile=case.tile, draw=Draw.of(relaxation, *changed))
         assert bool(((other != same[0]).float().mean() > 0.4).all())
 
 
@@ -267,8 +265,7 @@ def good() -> dict:
         "gates": torch.rand(2, 3),
         "pattern": torch.randn(6, 8, 3),
         "tile": 4,
-        "relaxation": Relaxation(1.0, 1.0),
-        "key": NoiseKey(0, 0, 0),
+        "draw": Draw.of(Relaxation(1.0, 1.0), NoiseKey(0, 0, 0), 0),
     }
 
 
@@ -285,9 +282,7 @@ def good() -> dict:
         ({"pattern": torch.randn(6, 8, 4)}, r"patterns torch.float32 \[6, 8, 4\].*uint8 codes \[8, 3\].*logits \[6, 8, 3\]"),
         ({"pattern": torch.zeros(8, 3, dtype=torch.int32)}, "patterns torch.int32"),
         ({"pattern": torch.randn(8, 6, 3).transpose(0, 1)}, "contiguous"),
-        ({"key": None}, "need a relaxation, a noise key and a layer number from 0; they are .*None, 0"),
-        ({"relaxation": None}, "need a relaxation"),
-        ({"layer": -1}, "need a relaxation"),
+        ({"draw": None}, "learned patterns need a draw"),
         ({"tile": 6}, "tile size 6"),
         ({"norm_pull": torch.ones(2)}, r"norm_pull \[2\] on cpu: must be a number or one value on cpu"),
     ],
@@ -304,3 +299,12 @@ def test_bad_arguments(change: dict, message: str) -> None:
 def test_bad_relaxations(scale: float, temperature: float) -> None:
     with pytest.raises(ValueError, match="must be positive and finite"):
         Relaxation(scale, temperature)
+
+
+@given(st.lists(st.integers(0, 2**64 - 1), min_size=3, max_size=3), st.integers(0, 5000), st.floats(1e-3, 1e4))
+def test_a_draw_is_read_as_it_was_made(key: list[int], first: int, scale: float) -> None:
+    draws = Draw.for_layers(Relaxation(scale, 0.1), NoiseKey(*key), range(first, first + 3))
+    assert [d.layer for d in draws] == [first, first + 1, first + 2]
+    assert all(d.key == NoiseKey(*key) and d.relaxation == Relaxation(scale, 0.1) for d in draws)
+    with pytest.raises(ValueError, match="layer -1"):
+        Draw.of(Relaxation(scale, 0.1), NoiseKey(*key), -1)

@@ -49,15 +49,13 @@ def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
 
 def soft_weights(masks: LearnedMasks) -> dict[str, Tensor]:
     """What the layers multiply with, from the public function."""
-    sample = masks._sample
     found = {}
     for layer in masks._layers:
-        gates = sample.gates[layer.index].detach() if sample.gates is not None else None
+        sample = layer.module.soft_mask.sample
+        gates = sample.gates.detach() if sample.gates is not None else None
         pattern = masks._codes.get(layer.name, getattr(layer.module, PATTERN_LOGITS, None))
-        found[layer.name] = masked_weight(
-            weight_of(layer.module).contiguous(), gates, pattern, tile=masks.config.tile, relaxation=sample.relaxation,
-            key=sample.key, layer=layer.index,
-        )  # fmt: skip
+        weight = weight_of(layer.module).contiguous()
+        found[layer.name] = masked_weight(weight, gates, pattern, tile=masks.config.tile, draw=sample.draw)
     return found
 
 
@@ -366,7 +364,8 @@ def test_compat_penalty_pushes_all_tiles_the_way_the_sample_is_off() -> None:
         return masks.tile_logits.grad.float().clone()
 
     more = gradient(500.0) - gradient(0.0)
-    sampled = float(masks._budget.sampled_density(torch.cat([g.detach().flatten() for g in masks._sample.gates])))
+    gates = torch.cat([layer.module.soft_mask.sample.gates.detach().flatten() for layer in masks._layers])
+    sampled = float(masks._budget.sampled_density(gates))
     assert sampled > 0.7  # the prior alone is denser than the target at this temperature
     assert float((more > 0).float().mean()) > 0.9
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from learning.soft_masks import gumbel
+from learning.soft_masks import soft_weight as in_torch
 from learning.soft_masks.draw import Relaxation
 from learning.soft_masks.kernels import masked_weight as kernels
 from learning.soft_masks.kernels import patterns
@@ -92,11 +92,11 @@ def test_the_kernels(dtype: torch.dtype, data: st.DataObject) -> None:
 )
 def test_the_kernels_on_real_tiles(tile: tuple[int, int], shape: tuple[int, int], device: torch.device) -> None:
     case = Case.random(shape, tile, device=device)
-    reference = gumbel.soft_weight(case.weight, case.gates, case.pattern, tile, case.draw, torch.float32)
+    reference = in_torch.soft_weight(case.weight, case.gates, case.pattern, tile, case.draw, torch.float32)
     assert relative_error(kernel_weight(case), reference) < 5e-6
     gradient = torch.randn(shape, device=device)
     arguments = (case.weight, case.gates, case.pattern, tile, case.draw, case.pull, (True, True, True))
-    expected = gumbel.soft_weight_backward(gradient.clone(), *arguments)
+    expected = in_torch.soft_weight_backward(gradient.clone(), *arguments)
     found = kernels.soft_weight_backward(gradient, *arguments)
     for a, b in zip(found, expected, strict=True):
         assert relative_error(a, b) < 2e-5
@@ -151,7 +151,7 @@ def test_nothing_outside_is_written(device: torch.device) -> None:
     assert bool(whole[:5].isfinite().all())
 
 
-@pytest.mark.parametrize("backward", [gumbel.soft_weight_backward, kernels.soft_weight_backward])
+@pytest.mark.parametrize("backward", [in_torch.soft_weight_backward, kernels.soft_weight_backward])
 def test_nearly_certain_choices_keep_their_gradients(backward: Callable[..., tuple], device: torch.device) -> None:
     """κ/τ is 10 000 late in training: a rounding error of Σ y e times that is more than what a certain choice has left."""
     case = Case.random((16, 128), (16, 16), pull=None, relaxation=Relaxation(500.0, 0.05), device=device)
@@ -161,7 +161,7 @@ def test_nearly_certain_choices_keep_their_gradients(backward: Callable[..., tup
     exact = case.double()
     exact.pattern.requires_grad_()
     (expected,) = torch.autograd.grad((exact.naive_weight() * gradient.double()).sum(), exact.pattern)
-    y = gumbel._probabilities(exact.pattern.detach(), exact.draw, 128, torch.float64)
+    y = in_torch._probabilities(exact.pattern.detach(), exact.draw, 128, torch.float64)
     left = (1 - y.max(0).values).clamp(min=1e-300)
     nearly = (left > 1e-9) & (left < 1e-5)
     assert int(nearly.sum()) > 5

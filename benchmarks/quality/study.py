@@ -122,7 +122,9 @@ class Study:
         masks = LearnedMasks(model, config, start, include=row.include)
         with masks.hard():
             first = perplexity(model, self.development, self.context, progress=False).value
-        result = train(model, masks, self.train, config, progress=sys.stderr.isatty(), validate_every=args.steps)
+        result = train(
+            model, masks, self.train, config, progress=sys.stderr.isatty(), validate_every=args.steps, recompute=False
+        )
         hardened, by_sign = masks.harden(), masks.harden(sign_rule=True)
         with masks.hard(by_sign):
             sign = perplexity(model, self.heldout, self.context, progress=False).value

@@ -127,7 +127,8 @@ class _Command:
         result = train(
             model, masks, tokens, config, run=self.directory, resume=args.resume, validation=validation,
             validate_every=args.validate_every, save_every=args.save_every, ranks=ranks, progress=self.progress,
-            tensorboard=args.tensorboard, wandb=args.wandb,
+            tensorboard=args.tensorboard, wandb=args.wandb, recompute=not args.keep_activations,
+            compiled=False if args.no_compile else None,
         )  # fmt: skip
         exact = masks.harden()
         # PATCH's code takes each tile by its logit's sign, whatever sparsity that gives

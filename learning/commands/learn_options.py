@@ -88,6 +88,10 @@ def add_options(parser: Any) -> None:
     for name, (choices, words) in _CHOICES.items():
         training.add_argument(_flag(name), choices=get_args(choices), help=words)
     training.add_argument("--shared-noise", action="store_true", help="one sample of the masks a step, not a micro-batch")
+    training.add_argument(
+        "--keep-activations", action="store_true", help="do not compute them again in the backward pass: faster, more memory"
+    )
+    training.add_argument("--no-compile", action="store_true", help="do not compile the model's blocks, as is done on a GPU")
 
     run = parser.add_argument_group("run")
     run.add_argument("--run-dir", metavar="DIR", type=Path, help="checkpoints and metrics; default OUT.run")

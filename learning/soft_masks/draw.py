@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from .noise import NoiseKey
 
 
@@ -24,8 +27,41 @@ class Relaxation:
 
 @dataclass(frozen=True)
 class Draw:
-    """What a layer's soft 2:4 patterns follow from, beside their logits."""
+    """What a layer's soft 2:4 patterns follow from, beside their logits.
 
-    relaxation: Relaxation
-    key: NoiseKey
-    layer: int
+    noise: int64 [4]: the key's seed, step and sample, the layer's number. softness: float64 [2]: scale and temperature.
+    Tensors, because a compiled graph takes numbers for constants; on the CPU, where reading them waits for no GPU.
+    """
+
+    noise: Tensor
+    softness: Tensor
+
+    @classmethod
+    def for_layers(cls, relaxation: Relaxation, key: NoiseKey, layers: range) -> list[Draw]:
+        """One of each layer, by its number."""
+        if layers and layers[0] < 0:
+            raise ValueError(f"layer {layers[0]}: numbers begin at 0")
+        parts = [_signed(part) for part in (key.seed, key.step, key.sample)]
+        softness = torch.tensor([relaxation.scale, relaxation.temperature], dtype=torch.float64)
+        return [cls(row, softness) for row in torch.tensor([[*parts, layer] for layer in layers]).unbind()]
+
+    @classmethod
+    def of(cls, relaxation: Relaxation, key: NoiseKey, layer: int) -> Draw:
+        return cls.for_layers(relaxation, key, range(layer, layer + 1))[0]
+
+    @property
+    def key(self) -> NoiseKey:
+        return NoiseKey(*(part % 2**64 for part in self.noise[:3].tolist()))
+
+    @property
+    def layer(self) -> int:
+        return int(self.noise[3])
+
+    @property
+    def relaxation(self) -> Relaxation:
+        return Relaxation(*self.softness.tolist())
+
+
+def _signed(number: int) -> int:
+    """The int64 with the same 64 bits."""
+    return number - (1 << 64) if number >> 63 else number

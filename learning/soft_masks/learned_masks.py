@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from patch_compiler.hard_mask import HardMask
 from patch_compiler.linears import attach_mask, weight_of
@@ -28,14 +27,13 @@ from patch_compiler.tile_map import TileKind, TileMap
 
 from ..budget import allocate_dense_tiles
 from ..prune_checks import checked_linears, shape_of, warn_of_stacked_weights
-from .draw import Relaxation
-from .gumbel import masked_linear, masked_weight, tile_gates
+from .draw import Draw, Relaxation
+from .gumbel import tile_gates
 from .learn_config import LearnConfig
+from .masked_layer import PATTERN_LOGITS, LayerSample, SoftMask, mask_layer, unmask_layer
 from .noise import NoiseKey
 from .priors import Start, pattern_logits, patterns_of, tile_logits
 from .soft_budget import SoftBudget
-
-PATTERN_LOGITS = "pattern_logits"
 
 
 @dataclass
@@ -60,16 +58,6 @@ class _Layer:
     last: int
 
 
-@dataclass(frozen=True)
-class _Sample:
-    """What the forward pass of one micro-batch uses."""
-
-    key: NoiseKey
-    gates: tuple[Tensor, ...] | None  # of each layer, [panels, columns]
-    relaxation: Relaxation
-    reward: float  # of the squared norm, as this micro-batch's share of the loss
-
-
 class LearnedMasks:
     """Freezes the model and masks its linear layers until `release`.
 
@@ -90,6 +78,7 @@ class LearnedMasks:
         self._check(start)
         generator = torch.Generator().manual_seed(config.seed)
         device = weight_of(next(iter(linears.values()))).device
+        self._devices = {weight_of(module).device for module in linears.values()}
         self._tiles = [layer.last - layer.first for layer in self._layers]
         self._budget = SoftBudget(self.shapes, config.budget, config.tile, device)
         self.tile_logits: nn.Parameter | None = None
@@ -110,8 +99,6 @@ class LearnedMasks:
                 layer.module.register_parameter(PATTERN_LOGITS, nn.Parameter(logits))
         squares = [float(weight_of(layer.module).double().square().sum()) for layer in self._layers]
         self._square, self._norm = sum(squares), sum(square**0.5 for square in squares)
-        self._sample: _Sample | None = None
-        self._hard: dict[str, tuple[Tensor, Tensor]] | None = None
         self._scale = config.tiles.scale.at(0, config.steps)
         self._shift = torch.empty(0)
         self._shifted_at: tuple[int, float] | None = None
@@ -119,8 +106,9 @@ class LearnedMasks:
         self._frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in learned]
         for parameter in self._frozen:
             parameter.requires_grad_(False)
-        for layer in self._layers:
-            layer.module.forward = partial(self._forward, layer)
+        self._masks = [SoftMask(config.tile, self._codes.get(layer.name)) for layer in self._layers]
+        for layer, mask in zip(self._layers, self._masks, strict=True):
+            mask_layer(layer.module, mask)
 
     def _check(self, start: Start) -> None:
         if self.config.mode == "tile" and start.codes is None:
@@ -138,18 +126,31 @@ class LearnedMasks:
         config = self.config
         key = NoiseKey(config.seed, step, 0 if config.shared_noise else sample)
         share = config.micro_batch / config.batch
-        by_layer = None
+        gates: tuple[Tensor | None, ...] = (None,) * len(self._layers)
         if self.tile_logits is not None:
             self._scale = config.tiles.scale.at(step, config.steps)
             temperature = config.tiles.temperature.at(step, config.steps)
-            gates = tile_gates(self._centred(), key, self._scale, temperature)
+            drawn = tile_gates(self._centred(), key, self._scale, temperature)
             if config.compat == "patch":
-                gates.register_hook(partial(_add, self._sampled_penalty_gradient(gates.detach()) * share))
-            parts = zip(gates.split(self._tiles), self._layers, strict=True)
-            by_layer = tuple(part.view(layer.grid) for part, layer in parts)
-        patterns = config.patterns
-        relaxation = Relaxation(patterns.scale.at(step, config.steps), patterns.temperature.at(step, config.steps))
-        self._sample = _Sample(key, by_layer, relaxation, config.norm_reward_at(step) * share)
+                drawn.register_hook(partial(_add, self._sampled_penalty_gradient(drawn.detach()) * share))
+            gates = tuple(part.view(x.grid) for part, x in zip(drawn.split(self._tiles), self._layers, strict=True))
+        relaxation = Relaxation(
+            config.patterns.scale.at(step, config.steps), config.patterns.temperature.at(step, config.steps)
+        )
+        draws = Draw.for_layers(relaxation, key, range(len(self._layers)))
+        pulls = self._pulls(config.norm_reward_at(step) * share)
+        for layer, mask, chosen, draw in zip(self._layers, self._masks, gates, draws, strict=True):
+            mask.sample = LayerSample(chosen, draw, pulls.get(weight_of(layer.module).device), config.compat == "patch")
+
+    def _pulls(self, reward: float) -> dict[torch.device, Tensor]:
+        """The pull of a reward of the squared norm, on each device with layers; in PATCH's code, times the layer's norm."""
+        if reward == 0.0:
+            return {}
+        if self.config.compat == "patch":
+            pull = -reward / (1.0 if self.config.mode == "maskllm" else self._norm)
+        else:
+            pull = -2 * reward / (1.0 if self.config.mode == "maskllm" else self._square)
+        return {device: torch.full((), pull, dtype=torch.float32, device=device) for device in self._devices}
 
     def _centred(self) -> Tensor:
         """float32 [tiles]: logits as they are sampled."""
@@ -161,30 +162,6 @@ class LearnedMasks:
         if at != self._shifted_at:  # once a step, not for each micro-batch
             self._shift, self._shifted_at = self._budget.shift(logits, self._scale), at
         return self._budget.project(logits, self._scale, self._shift)
-
-    def _forward(self, layer: _Layer, x: Tensor) -> Tensor:
-        weight, bias = weight_of(layer.module).contiguous(), getattr(layer.module, "bias", None)
-        if self._hard is not None:
-            gates, codes = self._hard[layer.name]
-            return functional.linear(x, masked_weight(weight, gates, codes, tile=self.config.tile), bias)
-        sample = self._sample
-        if sample is None:
-            raise RuntimeError("sample() has to be called before the model runs")
-        chosen = sample.gates[layer.index] if sample.gates is not None else None
-        pattern = self._codes[layer.name] if self.config.mode == "tile" else getattr(layer.module, PATTERN_LOGITS)
-        how: dict[str, Any] = {
-            "tile": self.config.tile,
-            "relaxation": sample.relaxation,
-            "key": sample.key,
-            "layer": layer.index,
-        }
-        if self.config.compat == "patch":
-            with torch.no_grad():
-                norm = masked_weight(weight, chosen, pattern, **how).float().norm().clamp(min=1e-12)
-            pull = -sample.reward / norm / (1.0 if self.config.mode == "maskllm" else self._norm)
-        else:
-            pull = -2 * sample.reward / (1.0 if self.config.mode == "maskllm" else self._square)
-        return masked_linear(x, weight, bias, chosen, pattern, norm_pull=pull, **how)
 
     # ---- the budget
 
@@ -254,15 +231,15 @@ class LearnedMasks:
     def hard(self, hardened: Hardened | None = None) -> Iterator[Hardened]:
         """Inside, the model runs with hardened masks; default: those of `harden()`."""
         hardened = hardened or self.harden()
-        self._hard = {}
-        for layer in self._layers:
+        for layer, soft in zip(self._layers, self._masks, strict=True):
             mask, home = hardened.masks[layer.name], weight_of(layer.module).device
             codes = self._codes[layer.name] if self.config.mode == "tile" else mask.codes.to(home)
-            self._hard[layer.name] = ((mask.tile_map.kinds == int(TileKind.DENSE)).float().to(home), codes)
+            soft.hard = (mask.tile_map.kinds == int(TileKind.DENSE)).float().to(home), codes
         try:
             yield hardened
         finally:
-            self._hard = None
+            for soft in self._masks:
+                soft.hard = None
 
     @torch.no_grad()
     def apply(self, hardened: Hardened) -> None:
@@ -276,8 +253,7 @@ class LearnedMasks:
     def release(self) -> None:
         """Give the layers their own forward and the parameters their gradients back. Pattern logits go: harden before."""
         for layer in self._layers:
-            layer.module.__dict__.pop("forward", None)
-            layer.module._parameters.pop(PATTERN_LOGITS, None)
+            unmask_layer(layer.module)
         for parameter in self._frozen:
             parameter.requires_grad_(True)
 
@@ -295,16 +271,16 @@ class LearnedMasks:
 
     def watch_gradients(self, found: set[int]) -> None:
         """The next backward pass adds the number of every layer whose masks get an infinite or NaN gradient."""
-        sample = self._sample
-        assert sample is not None
 
         def watch(index: int, gradient: Tensor) -> None:
             if not bool(gradient.isfinite().all()):
                 found.add(index)
 
-        for layer in self._layers:
-            masks = sample.gates[layer.index] if sample.gates is not None else getattr(layer.module, PATTERN_LOGITS)
-            masks.register_hook(partial(watch, layer.index))
+        for layer, mask in zip(self._layers, self._masks, strict=True):
+            assert mask.sample is not None
+            gates = mask.sample.gates
+            watched = gates if gates is not None else getattr(layer.module, PATTERN_LOGITS)
+            watched.register_hook(partial(watch, layer.index))
 
     @property
     def layer_names(self) -> list[str]:

@@ -13,18 +13,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from patch_compiler.linears import decoder_blocks
-
-from ..blocks import check_windows, replaced_forward, resolve_device
+from ..blocks import check_windows, resolve_device
 from ..models import check_context
 from ..soft_masks.learn_config import LearnConfig
 from ..soft_masks.learned_masks import LearnedMasks
@@ -35,6 +30,7 @@ from .log import TrainingLog, check_loggers
 from .next_token_loss import first_not_finite, mean_loss, next_token_loss
 from .optimizer import LearnedOptimizer, check_optimizer
 from .stop_request import Stopped, StopRequest
+from .training_blocks import training_blocks
 
 
 @dataclass(frozen=True)
@@ -76,6 +72,8 @@ def train(
     progress: bool = True,
     tensorboard: bool = False,
     wandb: str | None = None,
+    recompute: bool = True,
+    compiled: bool | None = None,
 ) -> TrainResult:
     """Learn masks for config.steps steps. model: a causal LM on one device, masked by `masks` there.
 
@@ -85,12 +83,16 @@ def train(
     which computes where the model is. Where pattern logits are learned by several processes, each keeps a part of them: the
     model is then good for nothing but `masks.harden()`.
 
-    Dropout is off. Gradients are recomputed block by block instead of kept.
+    recompute: a decoder block keeps only its input for the backward pass; False is faster and takes much more memory.
+    compiled: decoder blocks and the loss go through torch.compile; the same numbers but for rounding. None: on a GPU, unless
+    pattern logits are shared among processes, which compiled blocks cannot gather.
+
+    Dropout is off.
     Raises ValueError for settings or devices that do not fit, naming the layer if a number is not finite; Stopped (a
     KeyboardInterrupt) after SIGTERM, SIGINT or SIGUSR1, or if a file `stop` appears in `run`.
     """
     ranks = ranks or Ranks(next(model.parameters()).device)
-    loop = _Loop(model, masks, tokens, config, run, validation, ranks)
+    loop = _Loop(model, masks, tokens, config, run, validation, ranks, compiled)
     if run is not None and ranks.first:
         run.mkdir(parents=True, exist_ok=True)
     found = ranks.gather(training_state.latest(run) if run is not None and ranks.first else None)[0]
@@ -101,7 +103,8 @@ def train(
         run if ranks.first else None, first, config.steps, progress=progress and ranks.first,
         tensorboard=tensorboard and ranks.first, wandb=wandb if ranks.first else None, settings=config.as_json(),
     )  # fmt: skip
-    with log, StopRequest(run if ranks.first else None) as request, recomputing(model):
+    blocks = training_blocks(model, recompute=recompute, compiled=loop.compiled)
+    with log, StopRequest(run if ranks.first else None) as request, blocks:
         return loop.run(first, log, request, validate_every, save_every)
 
 
@@ -127,6 +130,7 @@ class _Loop:
         run: Path | None,
         validation: Tensor | None,
         ranks: Ranks,
+        compiled: bool | None,
     ) -> None:
         self.model, self.masks, self.tokens, self.config = model, masks, tokens, config
         self.directory, self.validation, self.ranks = run, validation, ranks
@@ -144,6 +148,9 @@ class _Loop:
         if validation is not None:
             check_windows(model, validation)
         self.sharded = config.mode != "tile" and ranks.world > 1
+        if compiled and self.sharded:
+            raise ValueError("compiled: not with pattern logits that several processes share")
+        self.compiled = ranks.device.type == "cuda" and not self.sharded if compiled is None else compiled
 
     def prepare(self, found: training_state.Checkpoint | None) -> int:
         """Completed steps."""
@@ -201,7 +208,7 @@ class _Loop:
         total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         for number, ids in self._micro_batches(step):
             self.masks.sample(step, number)
-            loss = next_token_loss(self.model, ids)
+            loss = next_token_loss(self.model, ids, self.compiled)
             (loss * share).backward()
             total += loss.detach() * share
         penalty = self.masks.penalty(step)
@@ -273,18 +280,3 @@ def _check_device(model: nn.Module, masks: LearnedMasks, device: torch.device) -
             f"{elsewhere} is on {tensors[elsewhere].device}, this process computes on {device}: move the whole model there "
             "before its LearnedMasks are made"
         )
-
-
-@contextmanager
-def recomputing(model: nn.Module) -> Iterator[None]:
-    """Decoder blocks keep only their inputs for the backward pass; the model is in eval mode, so without dropout."""
-    modes = {module: module.training for module in model.modules()}
-    with ExitStack() as stack:
-        for module, mode in modes.items():
-            stack.callback(setattr, module, "training", mode)
-        model.eval()
-        for block in decoder_blocks(model)[1]:
-            # noise is drawn from counters, so no generator's state needs to be kept
-            again = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-            stack.enter_context(replaced_forward(block, again))
-        yield

@@ -15,12 +15,14 @@ _ROWS = 1024  # tokens whose logits are in float32 at once
 _TOKENS = 2048  # of short windows that run together in validation
 
 
-def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
+def next_token_loss(model: nn.Module, ids: Tensor, compiled: bool = False) -> Tensor:
     """float32 scalar, the mean over all tokens but each window's first. ids: int64 [windows, context], where the model is."""
     options = {"use_cache": False} if hasattr(model, "config") else {}
     output = model(input_ids=ids, **options)
     logits = output if isinstance(output, Tensor) else output.logits
     targets = functional.pad(ids[:, 1:], (0, 1), value=-100).flatten()
+    if compiled:  # one pass over the logits each way, which stay in their own dtype in memory
+        return _compiled_sum(logits.flatten(0, 1), targets) / (ids.numel() - ids.shape[0])
     total = torch.zeros((), dtype=torch.float32, device=logits.device)
     for rows, wanted in zip(logits.flatten(0, 1).split(_ROWS), targets.split(_ROWS), strict=True):
         total = total + checkpoint(_sum, rows, wanted, use_reentrant=False, preserve_rng_state=False)
@@ -29,6 +31,9 @@ def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
 
 def _sum(logits: Tensor, targets: Tensor) -> Tensor:
     return functional.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=-100)
+
+
+_compiled_sum = torch.compile(_sum, dynamic=False)
 
 
 @torch.no_grad()

@@ -25,7 +25,10 @@ from patch_compiler.linears import named_linears, weight_of
 from patch_compiler.tile_map import TileKind, sparsity_of
 
 from ..learning_runs import Run, same_bits, terminate_in_step
+from ..models import tiny_model
+from ..strategies import relative_error
 from ..test_quality_study import check_every_kind, tiny_study
+from ..test_training_blocks import learned, loss_and_gradients
 from ..test_training_resume import stop_in_step
 from ..tiny import VOCABULARY, save_tiny, tiny_llama
 from ..zero_shot_tasks import questions, write
@@ -117,6 +120,30 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits(mode: str, precision: st
             run.train(tmp_path)
         assert resumed.train(tmp_path, resume=True).loss == loss
         assert same_bits(resumed.learned(), whole.learned())
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+def test_compiled_blocks_have_the_same_gradients(mode: str, recompute: bool) -> None:
+    model = tiny_model("llama").to(DEVICE)
+    masks = learned(model, mode)
+    for step in range(2):
+        ids = torch.randint(0, 128, (2, 16), device=DEVICE)
+        found = loss_and_gradients(model, masks, ids, step, compiled=True, recompute=recompute)
+        expected = loss_and_gradients(model, masks, ids, step)
+        assert all(relative_error(a, b) < 1e-4 for a, b in zip(found, expected, strict=True))
+
+
+def test_compiled_runs_end_with_the_same_bits_resumed_or_not(tmp_path: Path) -> None:
+    whole, again, run, resumed = (on_gpu("joint") for _ in range(4))
+    loss = whole.train(compiled=None).loss
+    assert again.train(compiled=None).loss == loss
+    assert same_bits(again.learned(), whole.learned())
+    stop_in_step(run, 2, (tmp_path / STOP_FILE).touch)
+    with pytest.raises(Stopped, match="stopped after step 3, which is saved"):
+        run.train(tmp_path, compiled=None)
+    assert resumed.train(tmp_path, resume=True, compiled=None).loss == loss
+    assert same_bits(resumed.learned(), whole.learned())
 
 
 def test_another_device_is_one_error() -> None:

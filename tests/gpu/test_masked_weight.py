@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from learning.soft_masks import gumbel
-from learning.soft_masks.draw import Relaxation
+from learning.soft_masks import soft_weight as in_torch
+from learning.soft_masks.draw import Draw, Relaxation
 from learning.soft_masks.gumbel import masked_linear, masked_weight
 from learning.soft_masks.kernels import masked_weight as kernels
 from learning.soft_masks.noise import NoiseKey
@@ -41,15 +41,15 @@ def test_the_kernel_against_torch(
     for learned, gated in ((True, True), (True, False), (False, True)):
         case = Case.random(shape, tile, learned=learned, gated=gated, dtype=dtype, relaxation=relaxation, device="cuda")
         arguments = (case.weight, case.gates, case.pattern, tile, case.draw)
-        expected = gumbel.soft_weight(*arguments, torch.float32)
+        expected = in_torch.soft_weight(*arguments, torch.float32)
         # κπ/τ reaches hundreds late in training, where float32 has five digits left
         slack = 1e-4 if relaxation is LATE and learned else 0.0
         assert relative_error(kernels.soft_weight(*arguments, dtype), expected) < TOLERANCE[dtype] + slack
         gradient = torch.randn(shape, device="cuda").to(dtype)
         needs = (True, gated, learned)
-        in_torch = gumbel.soft_weight_backward(gradient.clone(), *arguments, case.pull, needs)
+        wanted = in_torch.soft_weight_backward(gradient.clone(), *arguments, case.pull, needs)
         found = kernels.soft_weight_backward(gradient, *arguments, case.pull, needs)
-        for a, b in zip(found, in_torch, strict=True):
+        for a, b in zip(found, wanted, strict=True):
             if b is not None:
                 assert a is not None
                 assert (a.dtype, a.shape) == (b.dtype, b.shape)
@@ -147,14 +147,14 @@ def test_more_than_two_to_the_31_weights() -> None:
     weight[-1] = 1
     pi = torch.zeros(6, shape[0], shape[1] // 4, device="cuda", dtype=torch.bfloat16)
     gates = torch.zeros(512, 288, device="cuda")
-    options = {"tile": 128, "relaxation": Relaxation(1.0, 0.5), "key": NoiseKey(1, 2, 3), "layer": 4}
-    found = masked_weight(weight, gates, pi, **options)
+    key = NoiseKey(1, 2, 3)
+    found = masked_weight(weight, gates, pi, tile=128, draw=Draw.of(Relaxation(1.0, 0.5), key, 4))
     assert not bool(found[:-1].any())
     kept = found[-1].float().view(-1, 4)
     torch.testing.assert_close(kept.sum(1), torch.full_like(kept[:, 0], 2.0), rtol=0, atol=0.03)
     index = torch.arange((shape[0] - 1) * (shape[1] // 4), shape[0] * (shape[1] // 4), device="cuda")
-    key, low, high = options["key"].philox, index & 0xFFFFFFFF, index >> 32
-    words = [w for call in (0, 1) for w in gumbel_words(key, low, high, call)]
+    philox, low, high = key.philox, index & 0xFFFFFFFF, index >> 32
+    words = [w for call in (0, 1) for w in gumbel_words(philox, low, high, call)]
     y = (-(-torch.stack(words[:6]).double().log()).log() / 0.5).softmax(0)
     torch.testing.assert_close(kept[:, 0].double(), y[0] + y[1] + y[2], rtol=0, atol=0.01)
 
