@@ -14,11 +14,13 @@ from typing import Any
 from .results_page import decode as decode_section
 from .results_page import demo as demo_section
 from .results_page import models as models_section
+from .results_page import quality as quality_section
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DECODE = "decode-h100.json"
 MODEL = "bench-llama-2-7b-h100.json"
+QUALITY = "quality-smollm2-135m.json"
 
 
 def load(name: str) -> dict[str, Any]:
@@ -40,11 +42,16 @@ def model() -> str:
     return _if_measured(MODEL, models_section.for_readme)
 
 
+def quality() -> str:
+    """The quality study's table; nothing as long as there is no results file."""
+    return _if_measured(QUALITY, quality_section.for_readme)
+
+
 def _if_measured(name: str, for_readme: Callable[[dict[str, Any]], str]) -> str:
     return for_readme(load(name)) if (RESULTS / name).exists() else ""
 
 
-SECTIONS = {"results": demo, "model": model, "decode": decode}
+SECTIONS = {"results": demo, "quality": quality, "model": model, "decode": decode}
 
 
 def render(readme: str) -> str:

@@ -336,6 +336,19 @@ def test_configurations_go_round(mode: Any) -> None:
         LearnConfig.from_json(config.as_json() | {"tiles": 3})
 
 
+def test_noise_falls_away_where_a_run_settles() -> None:
+    ramps = Relaxing(Ramp(25, 350), Ramp(4, 0.05))
+    plain, settled = (configured("tile", steps=100, tiles=ramps, settle=settle) for settle in (0.0, 0.25))
+    for step in range(101):
+        a, b = plain.tiles_at(step), settled.tiles_at(step)
+        assert a.scale == ramps.scale.at(step, 100)
+        noise = 1.0 if step <= 75 else 0.05 + 0.95 * (100 - step) / 25
+        assert (b.scale, b.temperature) == (pytest.approx(a.scale / noise), pytest.approx(a.temperature / noise))
+    for settle in (-0.1, 1.5):
+        with pytest.raises(ValueError, match="settle"):
+            configured("tile", settle=settle)
+
+
 # ---- PATCH's public code
 
 

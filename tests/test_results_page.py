@@ -64,15 +64,17 @@ def whole_models(gpu: bool) -> dict[str, object]:
 def a_row(kind: str, method: str, sparsity: float, **more: object) -> dict[str, object]:
     return {
         "name": f"{method} {sparsity}", "kind": kind, "method": method, "pattern": "hybrid", "sparsity": sparsity, "tile": 128,
-        "include": None, "seed": 0, "settings": [], "heldout": a_time(), "reached": sparsity, "seconds": a_time(),
-        "peak_gb": 0.0, **more,
+        "include": None, "seed": 0, "settings": [], "heldout": a_time(), "development": a_time(), "reached": sparsity,
+        "overall": sparsity, "seconds": a_time(), "peak_gb": 0.0, "device": "a GPU", "commit": "abc", **more,
     }  # fmt: skip
 
 
 def study() -> dict[str, object]:
     rows = [a_row("dense", "dense", 0.0, pattern="", heldout=99.0)]
     rows += [a_row("one-shot", method, s) for method in ("wanda", "sparsegpt") for s in (0.25, 0.45)]
-    rows += [a_row("learned", "joint", 0.45, seed=1), a_row("learned", "joint", 0.45)]
+    signs = {"heldout_by_sign": a_time(), "reached_by_sign": 0.4}
+    rows += [a_row("learned", "joint", 0.45, seed=1, **signs), a_row("learned", "joint", 0.45, tile=16, device="another")]
+    rows += [a_row("learned", "joint", 0.45, settings=[["settle", 0.3]]), a_row("learned", "joint", 0.45)]
     return {"settings": {"steps": 1, "batch": 2, "context": 3}, "model": "m", "note": "", "rows": rows}
 
 

@@ -3,9 +3,9 @@
     python -m benchmarks.quality.study TEXTS OUT [--budget SECONDS] [--steps 300] [--only REGEX]
 
 TEXTS: what `benchmarks.quality.texts` wrote. OUT: a JSON file; rows that it already has are not made again, so a study goes on
-where its last call's budget ended. A row that fails is printed and is not in the file; the others are made, and the exit status
-is 1. All calibrate on the same windows and learn from the same text. ProxSparse learns: it takes as many windows of that text
-as its paper does.
+where its last call's budget ended; each row says where it was made. A row that fails is printed and is not in the file; the
+others are made, and the exit status is 1. All calibrate on the same windows and learn from the same text. ProxSparse learns: it
+takes as many windows of that text as its paper does.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from learning.soft_masks.priors import find_start
 from learning.token_file import TokenFile
 from learning.training.loop import train
 from patch_compiler.hard_mask import HardMask
+from patch_compiler.linears import named_linears, weight_of
 from patch_compiler.provenance import provenance, write_results
 from patch_compiler.tile_map import sparsity_of
 
@@ -87,10 +88,13 @@ class Study:
         begin, before = time.perf_counter(), _peak(self.device)
         model, more = self._made(row)
         made = time.perf_counter() - begin
+        weights = [weight_of(module).numel() for module in named_linears(self.model).values()]
+        chosen = [weight_of(module).numel() for module in named_linears(self.model, row.include).values()]
         found = {
             "name": row.name, "kind": row.kind, "method": row.method, "pattern": row.pattern, "sparsity": row.sparsity,
             "tile": row.tile, "include": row.include, "seed": row.seed, "settings": [list(s) for s in row.settings],
-            **more, "seconds": round(made, 1), "peak_gb": round((_peak(self.device) - before) / 1e9, 2),
+            **more, "overall": more["reached"] * sum(chosen) / sum(weights), "seconds": round(made, 1),
+            "peak_gb": round((_peak(self.device) - before) / 1e9, 2),
         }  # fmt: skip
         for what, ids in (("heldout", self.heldout), ("development", self.development)):
             found[what] = round(perplexity(model, ids, self.context, progress=False).value, 4)
@@ -187,8 +191,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
             print(f"{row.name:48} failed: {type(error).__name__}: {error}", flush=True)
             continue
-        record["rows"].append(found)
         facts = provenance("benchmarks.quality.study", [])
+        record["rows"].append(found | {key: facts[key] for key in ("device", "commit", "date")})
         write_results(args.output, facts, {k: v for k, v in record.items() if k != "provenance"})
         print(f"{found['name']:48} {found['heldout']:10.3f} {found['reached']:.4%} {found['seconds']:7.1f} s", flush=True)
     if failed:

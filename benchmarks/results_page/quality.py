@@ -2,36 +2,86 @@
 
 from __future__ import annotations
 
-from ..charts import Axes, Field, Series, line_chart
+from collections import Counter
+from collections.abc import Sequence
+from statistics import mean
+
+from ..charts import Axes, Bar, Field, Series, bar_chart, line_chart
 from ..origin import origin
 from ..quality.rows import PROXSPARSE_WINDOWS
-from ..svg import INK, SERIES
+from ..svg import INK, QUIET, SERIES
 from .section import Record, Section, figure, markdown_table, where_from
 
 LIMIT = 8  # times the dense perplexity: what is worse would flatten all other curves
+CHOICES_AT = 0.45  # the sparsity at which tile sizes and settings are compared
+README_SPARSITIES = (0.25, 0.35, 0.45, 0.5)
+HYBRID, COMPAT = ("hybrid", "2:4"), [["compat", "patch"]]
+# title, method, patterns, settings
+README_ROWS: tuple[tuple[str, str, tuple[str, ...], list[list[str]]], ...] = (
+    ("PATCH Joint, learned", "joint", HYBRID, []),
+    ("the same as PATCH's public code does it", "joint", HYBRID, COMPAT),
+    ("PATCH Tile, learned over SparseGPT's patterns", "tile", HYBRID, []),
+    ("MaskLLM, learned", "maskllm", HYBRID, []),
+    ("SparseGPT", "sparsegpt", HYBRID, []),
+    ("Thanos", "thanos", HYBRID, []),
+    ("Wanda", "wanda", HYBRID, []),
+    ("magnitude", "magnitude", HYBRID, []),
+    ("ProxSparse", "proxsparse", HYBRID, []),
+    ("unstructured, which no tensor core runs: SparseGPT", "sparsegpt", ("unstructured",), []),
+)
 
 
 def section(name: str, record: Record) -> Section:
-    settings, picture = record["settings"], f"{name}.svg"
+    settings = record["settings"]
     rows = [
         (
-            row["name"], f"{row['heldout']:.2f}", f"{row['reached']:.2%}", f"{row['seconds']:.0f}",
-            row["peak_gb"] if row["peak_gb"] else None,
+            row["name"], f"{row['heldout']:.2f}", f"{row['development']:.2f}", f"{row['overall']:.2%}",
+            f"{row['heldout_by_sign']:.2f} at {row['reached_by_sign']:.2%}" if "heldout_by_sign" in row else None,
+            f"{row['seconds']:.0f}", row["peak_gb"] if row["peak_gb"] else None,
         )
         for row in record["rows"]
     ]  # fmt: skip
+    pictures = {name: _by_sparsity(record), f"{name}-tiles": _by_tile(record), f"{name}-settings": _by_settings(record)}
+    shown = {f"{picture}.svg": svg for picture, svg in pictures.items() if svg is not None}
+    about = {name: "perplexity by sparsity and method", f"{name}-tiles": "perplexity by tile size",
+             f"{name}-settings": "perplexity by settings of learning"}  # fmt: skip
     text = [
         f"{where_from(record)}\n"
         f"{record['model']}{', ' + record['note'] if record['note'] else ''}. Learned rows: {settings['steps']} steps of "
         f"{settings['batch']} windows of {settings['context']} tokens.\nAll calibrate on the same windows and learn from the "
-        f"same text, ProxSparse from {PROXSPARSE_WINDOWS} windows of it; perplexity is of held-out text.",
-        figure(picture, "perplexity by sparsity and method"),
-        markdown_table(["row", "perplexity", "sparsity", "seconds", "peak GB"], rows),
+        f"same text, ProxSparse from {PROXSPARSE_WINDOWS} windows of it; perplexity is of held-out text, and of a\n"
+        f"development text that is closer to what is learned from. {_origins(record)} {record.get('remark', '')}",
+        *(figure(f"{picture}.svg", words) for picture, words in about.items() if f"{picture}.svg" in shown),
+        markdown_table(["row", "held-out", "development", "sparsity", "by the sign rule", "seconds", "peak GB"], rows),
     ]
-    return Section(f"Quality: every method on {record['model']}", "\n\n".join(text), {picture: _picture(record)})
+    return Section(f"Quality: every method on {record['model']}", "\n\n".join(text), shown)
 
 
-def _picture(record: Record) -> str:
+def for_readme(record: Record) -> str:
+    """Held-out perplexity by method and sparsity, tiles of 128, the mean over seeds."""
+    settings, rows = record["settings"], [row for row in record["rows"] if row["tile"] == 128 and row["include"] is None]
+    dense = next(row["heldout"] for row in rows if row["kind"] == "dense")
+    lines = []
+    for title, *kind in README_ROWS:
+        alike = [row for row in rows if row["method"] == kind[0] and row["pattern"] in kind[1] and row["settings"] == kind[2]]
+        cells = [_mean([row for row in alike if row["sparsity"] == sparsity]) for sparsity in README_SPARSITIES]
+        if alike:
+            lines.append((title, *(None if cell is None else f"{cell:.1f}" for cell in cells)))
+    return (
+        f"{where_from(record)}\n"
+        f"{record['model']}; dense: {dense:.1f}. Learned: {settings['steps']} steps of {settings['batch']} windows of "
+        f"{settings['context']} tokens, mean over seeds. {_origins(record)}\n\n"
+        + markdown_table(["method", *(f"{s:.0%}" for s in README_SPARSITIES)], lines)
+    )
+
+
+def _origins(record: Record) -> str:
+    counted = Counter((row["device"], row["commit"]) for row in record["rows"])
+    places = ", ".join(f"{count} on {device} at {commit}" for (device, commit), count in counted.items())
+    return f"Rows: {places}."
+
+
+def _by_sparsity(record: Record) -> str:
     """Plain rows in tiles of 128, of the first seed, 2:4 everywhere as their end at 50 %; the others are in the table."""
     curves: dict[str, dict[float, float]] = {}
     for row in record["rows"]:
@@ -51,6 +101,49 @@ def _picture(record: Record) -> str:
         [[Field("held-out text", [s for s in lines.values() if s.points], dense)]],
         Axes("sparsity, %", 0, highest * 1.05, _step(highest)), origin(record["provenance"]),
     )  # fmt: skip
+
+
+def _by_tile(record: Record) -> str | None:
+    """Bars of each tile size; None if there is but one."""
+    rows = [row for row in _compared(record) if not row["settings"] and row["pattern"] == "hybrid"]
+    groups: dict[str, list[Bar]] = {}
+    for tile in sorted({row["tile"] for row in rows}, reverse=True):
+        for method, paint in (("joint", SERIES[0]), ("sparsegpt", SERIES[1])):
+            found = _mean([row for row in rows if (row["method"], row["tile"]) == (method, tile)])
+            if found is not None:
+                groups.setdefault(f"tiles of {tile}", []).append(Bar(method, found, f"{found:.1f}", paint))
+    if len(groups) < 2:
+        return None
+    title = f"What small tiles are worth at {CHOICES_AT:.0%}"
+    return bar_chart(title, "held-out perplexity, mean over seeds; lower is better", groups, origin(record["provenance"]), True)
+
+
+def _by_settings(record: Record) -> str | None:
+    """Bars of every setting of PATCH Joint that was tried; None if that is one."""
+    rows = [row for row in _compared(record) if row["method"] == "joint" and row["tile"] == 128]
+    by_name: dict[str, list[Record]] = {}
+    for row in rows:
+        by_name.setdefault(_named(row["settings"]), []).append(row)
+    means = {name: _mean(alike) for name, alike in by_name.items()}
+    bars = [Bar(n, x, f"{x:.1f}", SERIES[0] if n == "default" else QUIET) for n, x in means.items() if x is not None]
+    if len(bars) < 2:
+        return None
+    title = f"What settings of PATCH Joint are worth at {CHOICES_AT:.0%}"
+    meaning = "held-out perplexity, mean over seeds; lower is better"
+    return bar_chart(title, meaning, {"": bars}, origin(record["provenance"]))
+
+
+def _compared(record: Record) -> list[Record]:
+    return [row for row in record["rows"] if row["sparsity"] == CHOICES_AT and row["include"] is None]
+
+
+def _named(settings: list[list[object]]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in settings) or "default"
+
+
+def _mean(rows: Sequence[Record]) -> float | None:
+    """Held-out perplexity."""
+    return mean(row["heldout"] for row in rows) if rows else None
 
 
 def _step(highest: float) -> float:

@@ -19,6 +19,7 @@ _NUMBERS: dict[str, tuple[Any, str]] = {
     "micro_batch": (positive, "windows of a forward pass of a process"),
     "context": (positive, "tokens of a window; at most the model's maximum"),
     "lr": (float, "peak learning rate"),
+    "tile_lr": (float, "rate of the tiles' logits, as a multiple of it"),
     "warmup": (int, "steps to reach it"),
     "final_lr": (float, "of the last step, as a share of it"),
     "weight_decay": (float, "of pattern logits"),
@@ -26,6 +27,7 @@ _NUMBERS: dict[str, tuple[Any, str]] = {
     "density_penalty": (float, "with --training-budget penalty"),
     "norm_reward": (float, "for the kept weights' squared norm"),
     "prior_strength": (float, "how far the first logits lie apart, in their standard deviations"),
+    "settle": (float, "share of the run, at its end, over which the tiles' noise falls away"),
     "seed": (int, "of the noise, the first logits and the order of the text"),
 }
 _RAMPS = {

@@ -14,12 +14,15 @@ from typing import Any, Literal, get_args
 from patch_compiler.tile_map import DEFAULT_TILE, normalize_tile
 
 from ..budget import Budget
+from .draw import Relaxation
 
 Mode = Literal["tile", "joint", "maskllm"]
 TrainingBudget = Literal["projected", "penalty"]
 TilePrior = Literal["loss", "survivors", "mask", "none"]
 Precision = Literal["float32", "compact"]
 Compat = Literal["none", "patch"]
+
+_SETTLED = 0.05  # of the noise, at the end of a run that settles
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,9 @@ class LearnConfig:
     steps: optimizer steps. batch: windows of a step over all processes. micro_batch: windows of a forward pass of a process.
     context: tokens of a window. lr, warmup, final_lr, betas, eps, weight_decay: AdamW with a linear warm-up of so many steps,
         then half a cosine down to final_lr x lr. clip: of the gradient's norm over all that is learned.
-    tiles, patterns: how the two kinds of choices harden.
+    tile_lr: the rate of tile logits, as a multiple of the others'.
+    tiles, patterns: how the two kinds of choices harden. settle: the share of the run, at its end, over which the noise of
+        the tiles falls to a twentieth: what was undecided is decided while patterns can still follow.
     training_budget: "projected" shifts all tile logits so that the expected density is right at every step; "penalty" adds
         `density_penalty` x |expected density - wanted| to the loss (PATCH).
     norm_reward: of the kept weights' squared norm, as a share of all weights' (PATCH) or a plain sum (maskllm).
@@ -80,6 +85,7 @@ class LearnConfig:
     micro_batch: int = 1
     context: int = 4096
     lr: float = 1e-3
+    tile_lr: float = 1.0
     warmup: int = 5
     final_lr: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
@@ -88,6 +94,7 @@ class LearnConfig:
     clip: float = 1.0
     tiles: Relaxing = Relaxing(Ramp(25, 350), Ramp(4, 0.05))
     patterns: Relaxing = Relaxing(Ramp(100, 500), Ramp(4, 0.05))
+    settle: float = 0.0
     training_budget: TrainingBudget = "projected"
     density_penalty: float = 7.0
     norm_reward: float = 10.0
@@ -112,12 +119,14 @@ class LearnConfig:
             raise ValueError(f"context {self.context!r}: a window needs at least 2 tokens")
         if not 0 <= self.warmup <= self.steps:
             raise ValueError(f"warmup {self.warmup!r}: 0 to {self.steps}, the steps of the run")
-        for name in ("lr", "eps", "clip", "init_std"):
+        for name in ("lr", "tile_lr", "eps", "clip", "init_std"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"{name} {getattr(self, name)!r}: must be positive and finite")
         for name in ("weight_decay", "density_penalty", "norm_reward", "prior_strength"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"{name} {getattr(self, name)!r}: must be at least 0 and finite")
+        if not 0 <= self.settle <= 1:
+            raise ValueError(f"settle {self.settle!r}: a share of the run, 0 to 1")
         if not 0 <= self.final_lr <= 1 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"final_lr {self.final_lr!r} is a share of lr, betas {self.betas!r} lie in 0 to 1")
         if self.compat == "patch" and self.training_budget == "projected":
@@ -136,6 +145,16 @@ class LearnConfig:
             return self.lr * (step + 1) / self.warmup
         rest = min((step - self.warmup) / max(1, self.steps - self.warmup), 1.0)
         return self.lr * (self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * rest)))
+
+    def tiles_at(self, step: int) -> Relaxation:
+        """How soft the tiles' choices are; less noise is the same as more scale and temperature."""
+        left = max(1 - step / self.steps, 0.0)
+        noise = 1.0 if left >= self.settle else _SETTLED + (1 - _SETTLED) * left / self.settle
+        scale, temperature = (ramp.at(step, self.steps) / noise for ramp in (self.tiles.scale, self.tiles.temperature))
+        return Relaxation(scale, temperature)
+
+    def patterns_at(self, step: int) -> Relaxation:
+        return Relaxation(self.patterns.scale.at(step, self.steps), self.patterns.temperature.at(step, self.steps))
 
     def norm_reward_at(self, step: int) -> float:
         return self.norm_reward * (1 - min(step / self.steps, 1.0) if self.norm_decay else 1.0)

@@ -27,7 +27,7 @@ from patch_compiler.tile_map import TileKind, TileMap
 
 from ..budget import allocate_dense_tiles
 from ..prune_checks import checked_linears, shape_of, warn_of_stacked_weights
-from .draw import Draw, Relaxation
+from .draw import Draw
 from .gumbel import tile_gates
 from .learn_config import LearnConfig
 from .masked_layer import PATTERN_LOGITS, LayerSample, SoftMask, mask_layer, unmask_layer
@@ -99,7 +99,7 @@ class LearnedMasks:
                 layer.module.register_parameter(PATTERN_LOGITS, nn.Parameter(logits))
         squares = [float(weight_of(layer.module).double().square().sum()) for layer in self._layers]
         self._square, self._norm = sum(squares), sum(square**0.5 for square in squares)
-        self._scale = config.tiles.scale.at(0, config.steps)
+        self._scale = config.tiles_at(0).scale
         self._shift = torch.empty(0)
         self._shifted_at: tuple[int, float] | None = None
         learned = {id(p) for group in self.parameters_to_train() for p in group["params"]}
@@ -128,16 +128,13 @@ class LearnedMasks:
         share = config.micro_batch / config.batch
         gates: tuple[Tensor | None, ...] = (None,) * len(self._layers)
         if self.tile_logits is not None:
-            self._scale = config.tiles.scale.at(step, config.steps)
-            temperature = config.tiles.temperature.at(step, config.steps)
-            drawn = tile_gates(self._centred(), key, self._scale, temperature)
+            softness = config.tiles_at(step)
+            self._scale = softness.scale
+            drawn = tile_gates(self._centred(), key, softness.scale, softness.temperature)
             if config.compat == "patch":
                 drawn.register_hook(partial(_add, self._sampled_penalty_gradient(drawn.detach()) * share))
             gates = tuple(part.view(x.grid) for part, x in zip(drawn.split(self._tiles), self._layers, strict=True))
-        relaxation = Relaxation(
-            config.patterns.scale.at(step, config.steps), config.patterns.temperature.at(step, config.steps)
-        )
-        draws = Draw.for_layers(relaxation, key, range(len(self._layers)))
+        draws = Draw.for_layers(config.patterns_at(step), key, range(len(self._layers)))
         pulls = self._pulls(config.norm_reward_at(step) * share)
         for layer, mask, chosen, draw in zip(self._layers, self._masks, gates, draws, strict=True):
             mask.sample = LayerSample(chosen, draw, pulls.get(weight_of(layer.module).device), config.compat == "patch")
@@ -170,8 +167,7 @@ class LearnedMasks:
         config = self.config
         if self.tile_logits is None or config.training_budget == "projected" or config.compat == "patch":
             return None
-        scale = config.tiles.scale.at(step, config.steps)
-        return config.density_penalty * self._budget.penalty(self.tile_logits, scale)
+        return config.density_penalty * self._budget.penalty(self.tile_logits, config.tiles_at(step).scale)
 
     def _sampled_penalty_gradient(self, gates: Tensor) -> Tensor:
         """Of PATCH's density term with respect to the gates: it sees the sampled mask, each layer's sum in bfloat16."""
@@ -260,13 +256,13 @@ class LearnedMasks:
     # ---- training and checkpoints
 
     def parameters_to_train(self) -> list[dict[str, Any]]:
-        """Parameter groups for an optimizer; weight decay pulls on pattern logits alone."""
+        """Parameter groups for an optimizer; weight decay pulls on pattern logits alone. rate: times that of a step."""
         groups: list[dict[str, Any]] = []
         if self.tile_logits is not None:
-            groups.append({"params": [self.tile_logits], "weight_decay": 0.0})
+            groups.append({"params": [self.tile_logits], "weight_decay": 0.0, "rate": self.config.tile_lr})
         patterns = [getattr(x.module, PATTERN_LOGITS) for x in self._layers if hasattr(x.module, PATTERN_LOGITS)]
         if patterns:
-            groups.append({"params": patterns, "weight_decay": self.config.weight_decay})
+            groups.append({"params": patterns, "weight_decay": self.config.weight_decay, "rate": 1.0})
         return groups
 
     def watch_gradients(self, found: set[int]) -> None:

@@ -64,10 +64,11 @@ class LearnedOptimizer:
         rate = self._config.lr_at(step)
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
+                own_rate = rate * group.get("rate", 1.0)  # older checkpoints have none
                 if isinstance(group["lr"], Tensor):
-                    group["lr"].fill_(rate)
+                    group["lr"].fill_(own_rate)
                 else:
-                    group["lr"] = rate
+                    group["lr"] = own_rate
         device = self._ranks.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(_mixed(self._config.seed, step, self._ranks.rank))
