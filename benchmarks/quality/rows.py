@@ -73,11 +73,15 @@ def _rows() -> Iterator[Row]:
         yield Row("learned", "joint", sparsity=sparsity)
         yield Row("learned", "tile", sparsity=sparsity)
     yield Row("learned", "joint", sparsity=0.45, settings=(("compat", "patch"),))
-    # the projected budget leaves tiles undecided, which hardening then decides against what the patterns learned
-    for more in ((), (("tile_lr", 5.0),), (("prior_strength", 6.0),)):
-        for seed in (0, 1):
-            yield Row("learned", "joint", sparsity=0.45, seed=seed, settings=(("settle", 0.3), *more))
-    yield Row("learned", "tile", sparsity=0.45, settings=(("settle", 0.3),))
+    # what PATCH's code gains by: tiles that are decided before the end, its prior, or its penalty
+    settled = ("settle", 0.3)
+    decided = settled, ("tile_lr", 5.0)
+    for seed in (0, 1):
+        yield Row("learned", "joint", sparsity=0.45, seed=seed, settings=(settled,))
+        yield Row("learned", "joint", sparsity=0.45, seed=seed, settings=decided)
+    for change in (("tile_prior", "survivors"), ("training_budget", "penalty"), ("prior_strength", 6.0)):
+        yield Row("learned", "joint", sparsity=0.45, settings=(*decided, change))
+    yield Row("learned", "tile", sparsity=0.45, settings=decided)
     for sparsity in (*HYBRID, 0.5):
         yield Row("one-shot", "sparsegpt", "unstructured", sparsity)
     for method in ("wanda", "sparsegpt"):
