@@ -383,6 +383,48 @@ def test_compat_penalty_pushes_all_tiles_the_way_the_sample_is_off() -> None:
     assert float((more > 0).float().mean()) > 0.9
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_model_has_one_set_of_masks_at_a_time(family: str) -> None:
+    model, first = started("joint", family)
+    config = configured("maskllm")
+    with pytest.raises(ValueError, match="a mask is being learned for it; call release"):
+        LearnedMasks(model, config, Start(None, None))
+    first.sample(0, 0)
+    tokens = windows()
+    expected = model(tokens).logits
+    first.release()
+    second = LearnedMasks(model, config, Start(None, None))
+    first.release()  # the second's masks stay, and what they froze
+    second.sample(0, 0)
+    assert not torch.equal(model(tokens).logits, expected)
+    assert [n for n, p in model.named_parameters() if p.requires_grad and PATTERN_LOGITS not in n] == []
+    second.release()
+    assert all(p.requires_grad for p in model.parameters())
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_layer_that_computes_something_else_is_refused(family: str) -> None:
+    for change in ("instance", "class"):
+        model = tiny_model(family)
+        name, layer = list(named_linears(model).items())[3]
+        before = set(vars(layer))
+        if change == "instance":
+            layer.forward = lambda x: x  # as hooks of accelerate do
+        elif family == "llama":
+            layer.__class__ = Doubled
+        else:
+            layer.__class__ = type("Conv1D", (type(layer),), {"forward": lambda self, x: x})
+        with pytest.raises(ValueError, match=rf"{name} is a .* with a forward of its own"):
+            LearnedMasks(model, configured("maskllm"), Start(None, None))
+        assert set(vars(layer)) - before <= {"forward"}
+        assert all(p.requires_grad for p in model.parameters())
+
+
 def test_functional_call_sees_the_same_model() -> None:
     """The layers' own modules stay in place: names, state dict keys and hooks of the model are what they were."""
     model = tiny_model("llama")
