@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from learning.budget import Budget
 from learning.soft_masks.gumbel import masked_weight
 from learning.soft_masks.learn_config import LearnConfig, Ramp, Relaxing
 from learning.soft_masks.learned_masks import PATTERN_LOGITS, LearnedMasks
+from learning.soft_masks.masked_layer import unmask_layer
 from learning.soft_masks.priors import Start, find_start, pattern_logits, patterns_of
 from patch_compiler.hard_mask import HardMask
 from patch_compiler.linears import mask_of, named_linears, weight_of
@@ -423,6 +425,27 @@ def test_a_layer_that_computes_something_else_is_refused(family: str) -> None:
             LearnedMasks(model, configured("maskllm"), Start(None, None))
         assert set(vars(layer)) - before <= {"forward"}
         assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_copies_of_a_masked_model_have_its_masks(family: str) -> None:
+    model = tiny_model(family)
+    tokens, file = windows(), io.BytesIO()
+    plain = model(tokens).logits
+    model, masks = started("joint", model=model)
+    masks.sample(3, 0)
+    torch.save(model, file)
+    file.seek(0)
+    for copied in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert torch.equal(copied(tokens).logits, model(tokens).logits)
+        loss_of(copied, tokens).backward()
+        assert masks.tile_logits is not None
+        assert masks.tile_logits.grad is None
+        assert all(p.grad is None for p in model.parameters())
+        assert all(getattr(m, PATTERN_LOGITS).grad is not None for m in named_linears(copied).values())
+        for module in named_linears(copied).values():
+            unmask_layer(module)
+        assert torch.equal(copied(tokens).logits, plain)
 
 
 def test_functional_call_sees_the_same_model() -> None:
