@@ -17,6 +17,7 @@ from learning.soft_masks.learn_config import LearnConfig, Ramp, Relaxing
 from learning.soft_masks.learned_masks import PATTERN_LOGITS, LearnedMasks
 from learning.soft_masks.masked_layer import unmask_layer
 from learning.soft_masks.priors import Start, find_start, pattern_logits, patterns_of
+from patch_compiler import convert
 from patch_compiler.hard_mask import HardMask
 from patch_compiler.linears import mask_of, named_linears, weight_of
 from patch_compiler.masks import PATTERNS
@@ -391,6 +392,8 @@ def test_a_model_has_one_set_of_masks_at_a_time(family: str) -> None:
     config = configured("maskllm")
     with pytest.raises(ValueError, match="a mask is being learned for it; call release"):
         LearnedMasks(model, config, Start(None, None))
+    with pytest.raises(ValueError, match="with a forward of its own"):
+        convert(model, first.harden().masks)
     first.sample(0, 0)
     tokens = windows()
     expected = model(tokens).logits
