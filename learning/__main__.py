@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except torch.OutOfMemoryError as error:
         if args.debug:
             raise
-        hint = "try a smaller --context, --batch-size or --micro-batch, or --device cpu"
+        hint = "try a smaller --context, --batch-size or --micro-batch, no --keep-activations, or --device cpu"
         print(f"error: {_one_line(error)} ({hint})", file=sys.stderr)
         return 2
     except (ValueError, OSError, SafetensorError) as error:  # the last: of a disk that is full

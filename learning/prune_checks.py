@@ -12,6 +12,7 @@ from .budget import check_hybrid_sparsity
 from .calibration import Calibration
 from .one_shot import METHODS
 from .one_shot.proxsparse_training import ProxSparseTraining
+from .soft_masks.masked_layer import SoftlyMasked
 
 PATTERNS = ("hybrid", "2:4", "unstructured")
 
@@ -59,6 +60,8 @@ def checked_linears(model: nn.Module, include: str | None, exclude: str | None) 
     for name, module in everything.items():
         if mask_of(module) is not None:
             raise ValueError(f"{name} already carries a mask; prune a freshly loaded (or deep-copied) dense model")
+        if isinstance(module, SoftlyMasked):
+            raise ValueError(f"{name}: a mask is being learned for it; call release() or apply() of its LearnedMasks first")
     for name, module in linears.items():
         weight = weight_of(module)
         if weight.is_meta:

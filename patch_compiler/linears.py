@@ -95,11 +95,18 @@ def _is_dense_linear(module: nn.Module) -> bool:
     return (isinstance(module, nn.Linear) or is_conv1d(module)) and isinstance(getattr(module, "weight", None), Tensor)
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a linear layer's forward is another than that of nn.Linear or Conv1D: of a subclass, or put on the instance."""
+    forward = type(module).forward
+    plain = forward.__qualname__ == "Conv1D.forward" if is_conv1d(module) else forward is nn.Linear.forward
+    return "forward" in vars(module) or not plain
+
+
 def check_plain(name: str, module: nn.Module) -> None:
     """Raises ValueError for a layer that does more than multiply by its weight: PatchLinear would not do it."""
     if not name:
         raise ValueError("layers are swapped inside a module: pass the module that holds this linear layer")
-    own_forward = "forward" in vars(module) or not (is_conv1d(module) or type(module).forward is nn.Linear.forward)
+    own_forward = has_own_forward(module)
     if own_forward or module._forward_hooks or module._forward_pre_hooks:
         what = "a forward of its own" if own_forward else "forward hooks"
         raise ValueError(

@@ -221,6 +221,29 @@ def test_nothing_but_inputs_is_saved() -> None:
     assert all(t.data_ptr() in known or t.numel() == 1 for t in saved)
 
 
+@pytest.mark.parametrize("learned", [True, False])
+def test_it_is_an_operator_that_compilers_can_take(learned: bool) -> None:
+    case = Case.random((12, 22), (4, 8), learned=learned)
+    assert case.gates is not None
+    noise, softness = (None, None) if case.draw is None else (case.draw.noise, case.draw.softness)
+    if learned:
+        case.pattern.requires_grad_()
+    mask = (case.weight, case.gates.requires_grad_(), case.pattern, noise, softness, *case.tile)
+    x, bias = torch.randn(2, 5, 22, requires_grad=True), torch.randn(12, requires_grad=True)
+    torch.library.opcheck(torch.ops.patch_learning.masked_linear, (x, bias, case.pull, *mask))
+    with torch.no_grad():
+        torch.library.opcheck(torch.ops.patch_learning.soft_weight, mask)
+
+
+def test_second_derivatives_are_refused() -> None:
+    case = Case.random((12, 20), (4, 8))
+    x = torch.randn(5, 20, requires_grad=True)
+    y = masked_linear(x, case.weight, None, case.gates, case.pattern, **case.options())
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
+
+
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 def test_autocast(weights: torch.dtype) -> None:
     case = Case.random((12, 20), (4, 8), dtype=weights, logits=torch.float32)
@@ -306,5 +329,7 @@ def test_a_draw_is_read_as_it_was_made(key: list[int], first: int, scale: float)
     draws = Draw.for_layers(Relaxation(scale, 0.1), NoiseKey(*key), range(first, first + 3))
     assert [d.layer for d in draws] == [first, first + 1, first + 2]
     assert all(d.key == NoiseKey(*key) and d.relaxation == Relaxation(scale, 0.1) for d in draws)
+    with torch.device("meta"):  # whatever the default device
+        assert all(d.key == NoiseKey(*key) for d in Draw.for_layers(Relaxation(scale, 0.1), NoiseKey(*key), range(2)))
     with pytest.raises(ValueError, match="layer -1"):
         Draw.of(Relaxation(scale, 0.1), NoiseKey(*key), -1)

@@ -61,6 +61,19 @@ def zeros_of(masks) -> tuple[int, int]:
 # ---- what it writes
 
 
+def test_options_say_how_blocks_run(base, tmp_path, monkeypatch):
+    asked = []
+
+    def train(*_, recompute, compiled, **__):
+        asked.append((recompute, compiled))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(learn_command, "train", train)
+    for number, options in enumerate([(), ("--keep-activations",), ("--no-compile",)]):
+        assert learn(base, tmp_path / f"{number}", *options) == 2
+    assert asked == [(True, None), (False, None), (True, False)]
+
+
 @pytest.mark.parametrize("mode", ["tile", "joint", "maskllm"])
 def test_learn_writes_what_prune_writes(base, tmp_path, capsys, mode):
     out = tmp_path / "out"
@@ -262,6 +275,10 @@ def test_stopped_it_says_so_and_resumes_with_the_same_result(base, tmp_path, cap
     assert learn(base, tmp_path / "out", "--resume", "--sparsity", "0.2", mode="joint") == 2
     assert "its config.budget.sparsity is 0.35, now it is 0.2" in capsys.readouterr().err
     monkeypatch.setattr(learn_command, "find_start", None)  # what was found before is used
+    for file in (tmp_path / "out.run" / learn_command.SETTINGS, *(tmp_path / "out.run").glob("checkpoints/*/state.json")):
+        record = json.loads(file.read_text())
+        assert record["config"].pop("settle") == 0.0  # as of a version that did not know it
+        file.write_text(json.dumps(record))
     assert learn(base, tmp_path / "out", "--resume", mode="joint") == 0
     one, other = (load_masks(tmp_path / name / "mask.safetensors").masks for name in ("whole", "out"))
     assert one == other

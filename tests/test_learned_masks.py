@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ from learning.budget import Budget
 from learning.soft_masks.gumbel import masked_weight
 from learning.soft_masks.learn_config import LearnConfig, Ramp, Relaxing
 from learning.soft_masks.learned_masks import PATTERN_LOGITS, LearnedMasks
+from learning.soft_masks.masked_layer import unmask_layer
 from learning.soft_masks.priors import Start, find_start, pattern_logits, patterns_of
+from patch_compiler import convert
 from patch_compiler.hard_mask import HardMask
 from patch_compiler.linears import mask_of, named_linears, weight_of
 from patch_compiler.masks import PATTERNS
@@ -381,6 +384,71 @@ def test_compat_penalty_pushes_all_tiles_the_way_the_sample_is_off() -> None:
     sampled = float(masks._budget.sampled_density(gates))
     assert sampled > 0.7  # the prior alone is denser than the target at this temperature
     assert float((more > 0).float().mean()) > 0.9
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_model_has_one_set_of_masks_at_a_time(family: str) -> None:
+    model, first = started("joint", family)
+    config = configured("maskllm")
+    with pytest.raises(ValueError, match="a mask is being learned for it; call release"):
+        LearnedMasks(model, config, Start(None, None))
+    with pytest.raises(ValueError, match="with a forward of its own"):
+        convert(model, first.harden().masks)
+    first.sample(0, 0)
+    tokens = windows()
+    expected = model(tokens).logits
+    first.release()
+    second = LearnedMasks(model, config, Start(None, None))
+    first.release()  # the second's masks stay, and what they froze
+    second.sample(0, 0)
+    assert not torch.equal(model(tokens).logits, expected)
+    assert [n for n, p in model.named_parameters() if p.requires_grad and PATTERN_LOGITS not in n] == []
+    second.release()
+    assert all(p.requires_grad for p in model.parameters())
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_layer_that_computes_something_else_is_refused(family: str) -> None:
+    for change in ("instance", "class"):
+        model = tiny_model(family)
+        name, layer = list(named_linears(model).items())[3]
+        before = set(vars(layer))
+        if change == "instance":
+            layer.forward = lambda x: x  # as hooks of accelerate do
+        elif family == "llama":
+            layer.__class__ = Doubled
+        else:
+            layer.__class__ = type("Conv1D", (type(layer),), {"forward": lambda self, x: x})
+        with pytest.raises(ValueError, match=rf"{name} is a .* with a forward of its own"):
+            LearnedMasks(model, configured("maskllm"), Start(None, None))
+        assert set(vars(layer)) - before <= {"forward"}
+        assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_copies_of_a_masked_model_have_its_masks(family: str) -> None:
+    model = tiny_model(family)
+    tokens, file = windows(), io.BytesIO()
+    plain = model(tokens).logits
+    model, masks = started("joint", model=model)
+    masks.sample(3, 0)
+    torch.save(model, file)
+    file.seek(0)
+    for copied in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert torch.equal(copied(tokens).logits, model(tokens).logits)
+        loss_of(copied, tokens).backward()
+        assert masks.tile_logits is not None
+        assert masks.tile_logits.grad is None
+        assert all(p.grad is None for p in model.parameters())
+        assert all(getattr(m, PATTERN_LOGITS).grad is not None for m in named_linears(copied).values())
+        for module in named_linears(copied).values():
+            unmask_layer(module)
+        assert torch.equal(copied(tokens).logits, plain)
 
 
 def test_functional_call_sees_the_same_model() -> None:

@@ -94,6 +94,17 @@ def test_the_gradient_is_clipped_and_the_rate_follows_the_schedule():
         torch.testing.assert_close(logits.detach(), other.detach())
 
 
+def test_tiles_alone_have_a_rate_of_their_own():
+    run = Run("joint", tile_lr=2.5)
+    optimizer = LearnedOptimizer(run.masks.parameters_to_train(), run.config, Ranks(torch.device("cpu")))
+    optimizer.collect()  # no gradients: zeros
+    optimizer.step(2, 1.0)
+    (adamw,) = optimizer._optimizers
+    rates = {group["lr"]: [p.dim() for p in group["params"]] for group in adamw.param_groups}
+    rate = run.config.lr_at(2)
+    assert rates == {2.5 * rate: [1], rate: [3] * len(run.masks.layer_names)}
+
+
 def test_the_loss_is_the_models_own_in_every_chunk_size(monkeypatch):
     model = tiny_llama().requires_grad_(False)
     model.lm_head.weight.requires_grad_(True)

@@ -37,7 +37,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
     backend = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     compiled = torch.compile(next_token_loss._sum, dynamic=False)
-    monkeypatch.setattr(next_token_loss, "_compiled_sum", compiled)
+    monkeypatch.setattr(next_token_loss, "_compiled_sum", lambda: compiled)
     return backend
 
 

@@ -68,6 +68,10 @@ def work(rank: int, directory: Path, seed: int, port: int) -> None:
                 part, all_of_it = run.masks.parameters_to_train()[-1]["params"][0], 6 * 32 * 8
                 assert local_part(part.detach()).numel() == all_of_it // WORLD
             results[f"{mode}, stopped and resumed"] = stopped_and_resumed(mode, seed, directory / mode, ranks)
+        kept = Run("joint", seed)
+        results["joint, activations kept"] = kept.train(ranks=ranks, recompute=False).loss, kept.learned()
+        with pytest.raises(ValueError, match="compiled: not with pattern logits that several processes share"):
+            Run("joint", seed).train(ranks=ranks, compiled=True)
         with torch.compiler.set_stance("force_eager"):
             results["compact"] = compact(seed, ranks)
         results["gathered"] = ranks.gather(rank)
@@ -157,6 +161,13 @@ def test_processes_end_with_the_same_bits_and_near_those_of_one(results, seed, m
 def test_stopped_and_resumed_they_end_with_the_same_bits(results, mode):
     for result in results:
         assert same_bits(result[f"{mode}, stopped and resumed"], result[f"{mode}, run"][0])
+
+
+def test_kept_activations_of_shared_logits_give_the_same_bits(results):
+    for result in results:
+        loss, learned = result["joint, activations kept"]
+        assert loss == result["joint, run"][2]
+        assert same_bits(learned, result["joint, run"][0])
 
 
 def test_one_process_resumes_what_two_began_where_it_can(results, seed):

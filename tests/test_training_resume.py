@@ -150,6 +150,26 @@ def test_what_is_not_the_same_run_is_refused(tmp_path, seed):
         Run("tile", seed, steps=2).train(tmp_path, resume=True)
 
 
+def test_a_checkpoint_from_before_a_setting_goes_on_with_its_default(tmp_path, seed):
+    run = Run("joint", seed)
+    stop_in_step(run, 2, (tmp_path / STOP_FILE).touch)
+    with pytest.raises(Stopped):
+        run.train(tmp_path)
+    checkpoint = tmp_path / "checkpoints" / "step-00000003"
+    record = json.loads((checkpoint / "state.json").read_text())
+    del record["config"]["tile_lr"], record["config"]["settle"]
+    (checkpoint / "state.json").write_text(json.dumps(record))
+    states = torch.load(checkpoint / "optimizer-0.pt")
+    for group in states[0]["param_groups"]:
+        del group["rate"]
+    torch.save(states, checkpoint / "optimizer-0.pt")
+    with pytest.raises(ValueError, match=r"its tile_lr is 1\.0, this run's 2\.0"):
+        Run("joint", seed, tile_lr=2.0).train(tmp_path, resume=True)
+    resumed = Run("joint", seed)
+    resumed.train(tmp_path, resume=True)
+    assert same_bits(resumed.learned(), undisturbed("joint", seed)[0].learned())
+
+
 @pytest.mark.parametrize("file", ["state.json", "masks.safetensors", "optimizer-0.pt"])
 @pytest.mark.parametrize("left", [0, 20])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(tmp_path, seed, file, left):

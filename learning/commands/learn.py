@@ -162,7 +162,8 @@ class _Command:
                 raise ValueError(f"run {self.directory}: holds a run; go on with it by --resume, or name another directory")
             try:
                 then = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError as error:
+                then["config"] = LearnConfig.completed(then["config"])
+            except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"run {self.directory}: its {file.name} is damaged ({error}); name another directory"
                 ) from None

@@ -19,15 +19,15 @@ _NUMBERS: dict[str, tuple[Any, str]] = {
     "micro_batch": (positive, "windows of a forward pass of a process"),
     "context": (positive, "tokens of a window; at most the model's maximum"),
     "lr": (float, "peak learning rate"),
-    "tile_lr": (float, "rate of the tiles' logits, as a multiple of it"),
-    "warmup": (int, "steps to reach it"),
-    "final_lr": (float, "of the last step, as a share of it"),
+    "tile_lr": (float, "learning rate of the tiles' logits, as a multiple of --lr"),
+    "warmup": (int, "steps to reach --lr"),
+    "final_lr": (float, "learning rate of the last step, as a share of --lr"),
     "weight_decay": (float, "of pattern logits"),
     "clip": (float, "largest norm of the gradient"),
     "density_penalty": (float, "with --training-budget penalty"),
     "norm_reward": (float, "for the kept weights' squared norm"),
     "prior_strength": (float, "how far the first logits lie apart, in their standard deviations"),
-    "settle": (float, "share of the run, at its end, over which the tiles' noise falls away"),
+    "settle": (float, "share of the run, at its end, over which the tiles' noise falls to a twentieth"),
     "seed": (int, "of the noise, the first logits and the order of the text"),
 }
 _RAMPS = {
@@ -91,9 +91,12 @@ def add_options(parser: Any) -> None:
         training.add_argument(_flag(name), choices=get_args(choices), help=words)
     training.add_argument("--shared-noise", action="store_true", help="one sample of the masks a step, not a micro-batch")
     training.add_argument(
-        "--keep-activations", action="store_true", help="do not compute them again in the backward pass: faster, more memory"
+        "--keep-activations", action="store_true", help="do not recompute them in the backward pass: faster, much more memory"
     )
-    training.add_argument("--no-compile", action="store_true", help="do not compile the model's blocks, as is done on a GPU")
+    training.add_argument(
+        "--no-compile", action="store_true",
+        help="no torch.compile of blocks and loss: default on a GPU, unless processes share pattern logits",
+    )  # fmt: skip
 
     run = parser.add_argument_group("run")
     run.add_argument("--run-dir", metavar="DIR", type=Path, help="checkpoints and metrics; default OUT.run")

@@ -42,8 +42,9 @@ class Draw:
         if layers and layers[0] < 0:
             raise ValueError(f"layer {layers[0]}: numbers begin at 0")
         parts = [_signed(part) for part in (key.seed, key.step, key.sample)]
-        softness = torch.tensor([relaxation.scale, relaxation.temperature], dtype=torch.float64)
-        return [cls(row, softness) for row in torch.tensor([[*parts, layer] for layer in layers]).unbind()]
+        softness = torch.tensor([relaxation.scale, relaxation.temperature], dtype=torch.float64, device="cpu")
+        noise = torch.tensor([[*parts, layer] for layer in layers], dtype=torch.int64, device="cpu")
+        return [cls(row, softness) for row in noise.unbind()]
 
     @classmethod
     def of(cls, relaxation: Relaxation, key: NoiseKey, layer: int) -> Draw:

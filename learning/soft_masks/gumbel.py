@@ -14,6 +14,8 @@ noise outlives the forward pass: the backward pass draws the same mask again and
 
 A last group of r < 4 inputs chooses among the patterns that keep min(2, r) of them and no input that does not exist: 1100 for
 r = 1 and 2; 1100, 1010 and 0110 for r = 3.
+
+Here arguments are checked; ops.py computes, by soft_weight.py on the CPU and by kernels/ on a GPU.
 """
 
 from __future__ import annotations

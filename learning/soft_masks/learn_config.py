@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from patch_compiler.tile_map import DEFAULT_TILE, normalize_tile
@@ -183,6 +183,11 @@ class LearnConfig:
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def completed(cls, record: Mapping[str, Any]) -> dict[str, Any]:
+        """A record of `as_json` with the defaults of settings that are younger than it: a run from before goes on."""
+        return {f.name: f.default for f in fields(cls) if f.default is not MISSING} | dict(record)
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> LearnConfig:

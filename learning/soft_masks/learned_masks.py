@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from patch_compiler.hard_mask import HardMask
-from patch_compiler.linears import attach_mask, weight_of
+from patch_compiler.linears import attach_mask, has_own_forward, weight_of
 from patch_compiler.masks import apply_mask_
 from patch_compiler.tile_map import TileKind, TileMap
 
@@ -73,6 +73,12 @@ class LearnedMasks:
         self.config = config
         linears = checked_linears(model, include, exclude)
         warn_of_stacked_weights(model, include, exclude)
+        for name, module in linears.items():
+            if has_own_forward(module):
+                raise ValueError(
+                    f"{name} is a {type(module).__name__} with a forward of its own, which cannot be masked; remove that "
+                    "(accelerate's: remove_hook_from_submodules), or exclude the layer"
+                )
         self.shapes = {name: shape_of(module) for name, module in linears.items()}
         self._layers = _layers_of(linears, self.shapes, config.tile)
         self._check(start)
@@ -248,10 +254,11 @@ class LearnedMasks:
 
     def release(self) -> None:
         """Give the layers their own forward and the parameters their gradients back. Pattern logits go: harden before."""
-        for layer in self._layers:
-            unmask_layer(layer.module)
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
+        for layer, mask in zip(self._layers, self._masks, strict=True):
+            if getattr(layer.module, "soft_mask", None) is mask:  # not those of a LearnedMasks that came later
+                unmask_layer(layer.module)
+        while self._frozen:
+            self._frozen.pop().requires_grad_(True)
 
     # ---- training and checkpoints
 

@@ -28,6 +28,10 @@ class LayerSample:
     pull: Tensor | None
     by_norm: bool
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the layer has the same mask and sends no gradient to the tiles' logits, which are not the layer's."""
+        return vars(self) | {"gates": None if self.gates is None else self.gates.detach()}
+
 
 @dataclass
 class SoftMask:
@@ -60,6 +64,10 @@ class SoftlyMasked(nn.Module):
                 pull = sample.pull / soft.float().norm().clamp(min=1e-12)
         return masked_linear(x, weight, bias, sample.gates, pattern, tile=mask.tile, draw=sample.draw, norm_pull=pull)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles cannot find the class, which has no place in a module: they make it again."""
+        return _unset, (type(self).__bases__[1],), vars(self)
+
 
 def mask_layer(module: nn.Module, mask: SoftMask) -> None:
     """The layer computes with the mask until `unmask_layer`."""
@@ -74,6 +82,11 @@ def unmask_layer(module: nn.Module) -> None:
         module.__class__ = type(module).__bases__[1]
         del module.soft_mask
         module._parameters.pop(PATTERN_LOGITS, None)
+
+
+def _unset(layer: Any) -> Any:
+    kind = _masked_class(layer)
+    return kind.__new__(kind)
 
 
 @cache

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, library
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from . import soft_weight as in_torch
@@ -134,6 +135,7 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x if needs[4] or needs[5] else None, pull, weight, gates, pattern, noise, softness)
 
 
+@once_differentiable
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     found = torch.ops.patch_learning.masked_linear_backward(grad, *ctx.saved_tensors, *ctx.tile, ctx.needs)
     dx, d_gates, d_pattern = (tensor if needed else None for tensor, needed in zip(found, ctx.needs, strict=True))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ def next_token_loss(model: nn.Module, ids: Tensor, compiled: bool = False) -> Te
     logits = output if isinstance(output, Tensor) else output.logits
     targets = functional.pad(ids[:, 1:], (0, 1), value=-100).flatten()
     if compiled:  # one pass over the logits each way, which stay in their own dtype in memory
-        return _compiled_sum(logits.flatten(0, 1), targets) / (ids.numel() - ids.shape[0])
+        return _compiled_sum()(logits.flatten(0, 1), targets) / (ids.numel() - ids.shape[0])
     total = torch.zeros((), dtype=torch.float32, device=logits.device)
     for rows, wanted in zip(logits.flatten(0, 1).split(_ROWS), targets.split(_ROWS), strict=True):
         total = total + checkpoint(_sum, rows, wanted, use_reentrant=False, preserve_rng_state=False)
@@ -33,7 +35,9 @@ def _sum(logits: Tensor, targets: Tensor) -> Tensor:
     return functional.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=-100)
 
 
-_compiled_sum = torch.compile(_sum, dynamic=False)
+@cache
+def _compiled_sum() -> Callable[[Tensor, Tensor], Tensor]:
+    return torch.compile(_sum, dynamic=False)  # loads Inductor, most of a second, which no other command needs
 
 
 @torch.no_grad()

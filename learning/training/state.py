@@ -103,7 +103,8 @@ def save(
 
 def check(found: Checkpoint, config: LearnConfig, tokens: TokenFile, ranks: Ranks, sharded: bool) -> None:
     """Raises ValueError naming what a checkpoint was made with and is different now."""
-    differing = first_difference(found.record["config"], json.loads(json.dumps(config.as_json())))
+    then, now = LearnConfig.completed(found.record["config"]), json.loads(json.dumps(config.as_json()))
+    differing = first_difference(then, now)
     if differing is not None:
         raise ValueError(f"checkpoint {found.path.name}: its {differing[0]} is {differing[1]!r}, this run's {differing[2]!r}")
     if found.record["text"] != tokens.digest or found.record["context"] != tokens.context:
