@@ -86,6 +86,17 @@ def test_what_inductor_makes_learns_the_same() -> None:
     assert same_bits(again.learned(), runs[0].learned())
 
 
+def test_a_block_that_does_not_compile_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def backend(graph: object, inputs: object) -> object:
+        raise NotImplementedError("no such\n  instruction")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    with pytest.raises(
+        ValueError, match=r"does not compile \(NotImplementedError: no such instruction\); train with compiled=False"
+    ):
+        Run("tile", steps=1).train(compiled=True)
+
+
 def test_validation_and_errors_pass_by_the_graphs(counted: CompileCounterWithBackend, tmp_path) -> None:  # type: ignore[no-untyped-def]
     run = Run("tile", steps=2)
     run.train(tmp_path, compiled=True, validation=run.validation, validate_every=1)

@@ -79,8 +79,12 @@ def _rows() -> Iterator[Row]:
     for seed in (0, 1):
         yield Row("learned", "joint", sparsity=0.45, seed=seed, settings=(settled,))
         yield Row("learned", "joint", sparsity=0.45, seed=seed, settings=decided)
+        # published rates are for 2000 steps
+        yield Row("learned", "joint", sparsity=0.45, seed=seed, settings=(*decided, ("lr", 3e-3)))
     for change in (("tile_prior", "survivors"), ("training_budget", "penalty"), ("prior_strength", 6.0)):
         yield Row("learned", "joint", sparsity=0.45, settings=(*decided, change))
+    yield Row("learned", "joint", sparsity=0.45, settings=(("compat", "patch"), ("lr", 3e-3)))
+    yield Row("learned", "maskllm", sparsity=0.5, settings=(("lr", 2e-3),))
     yield Row("learned", "tile", sparsity=0.45, settings=decided)
     for sparsity in (*HYBRID, 0.5):
         yield Row("one-shot", "sparsegpt", "unstructured", sparsity)

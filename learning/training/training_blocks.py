@@ -17,7 +17,7 @@ from ..blocks import replaced_forward
 
 # A graph serves all blocks that are alike; attention, tile size, mode and whether the input wants a gradient make others.
 # Dynamo's own limit is 8 in the life of a process, which may train many models.
-_GRAPHS = 256
+_GRAPHS = 64
 
 
 @contextmanager
@@ -45,10 +45,28 @@ def _trained(forward: Callable[..., Any], recompute: bool, compiled: bool) -> Ca
 
     with_gradients = recomputed if recompute else forward
     if compiled:
-        with_gradients = torch.compile(with_gradients, dynamic=False)
+        with_gradients = _compiled(with_gradients)
 
     @wraps(forward)  # models read signatures
     def run(*arguments: Any, **named: Any) -> Any:
         return (with_gradients if torch.is_grad_enabled() else forward)(*arguments, **named)
+
+    return run
+
+
+def _compiled(block: Callable[..., Any]) -> Callable[..., Any]:
+    from torch._dynamo.exc import BackendCompilerFailed  # not at import: commands that train nothing would wait for it
+
+    fast = torch.compile(block, dynamic=False)
+
+    def run(*arguments: Any, **named: Any) -> Any:
+        try:
+            return fast(*arguments, **named)
+        except BackendCompilerFailed as error:
+            inner = error.inner_exception
+            reason = f"{type(inner).__name__}: {' '.join(str(inner).split())[:200]}"
+            raise ValueError(
+                f"a decoder block does not compile ({reason}); train with compiled=False, --no-compile on the command line"
+            ) from error
 
     return run
