@@ -351,9 +351,17 @@ def test_overwrite_replaces_an_earlier_output(base, tmp_path):
     assert files(tmp_path) == {"out"}
 
 
+@pytest.fixture
+def heard():
+    """A shell starts what it runs in the background deaf to SIGINT."""
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, found)
+
+
 @pytest.mark.parametrize(("module", "moment"), [(prune_command, "prune"), (pruned_output, "save_compressed")])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_leaves_nothing(base, tmp_path, capsys, monkeypatch, module, moment, number):
+def test_an_interrupt_leaves_nothing(base, tmp_path, capsys, monkeypatch, module, moment, number, heard):
     original, before = getattr(module, moment), signal.getsignal(number)
 
     def interrupted(*args, **kwargs):
