@@ -12,7 +12,7 @@ TIMES = (
     ("dense_ms", "no masks", QUIET),
 )  # fmt: skip
 COLUMNS = (
-    "model, mode", "precision", "ms", "not compiled", "eager", "no masks", "bytes a weight", "eager", "peak GB",
+    "model, mode", "precision", "ms", "not compiled", "eager", "no masks", "bytes a weight", "eager bytes a weight", "peak GB",
 )  # fmt: skip
 
 

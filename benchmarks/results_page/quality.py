@@ -41,20 +41,25 @@ def section(name: str, record: Record) -> Section:
         )
         for row in record["rows"]
     ]  # fmt: skip
-    pictures = {name: _by_sparsity(record), f"{name}-tiles": _by_tile(record), f"{name}-settings": _by_settings(record)}
-    shown = {f"{picture}.svg": svg for picture, svg in pictures.items() if svg is not None}
-    about = {name: "perplexity by sparsity and method", f"{name}-tiles": "perplexity by tile size",
-             f"{name}-settings": "perplexity by settings of learning"}  # fmt: skip
+    pictures = (
+        (f"{name}.svg", "perplexity by sparsity and method", _by_sparsity(record)),
+        (f"{name}-tiles.svg", "perplexity by tile size", _by_tile(record)),
+        (f"{name}-settings.svg", "perplexity by settings of learning", _by_settings(record)),
+    )
     text = [
         f"{where_from(record)}\n"
         f"{record['model']}{', ' + record['note'] if record['note'] else ''}. Learned rows: {settings['steps']} steps of "
         f"{settings['batch']} windows of {settings['context']} tokens.\nAll calibrate on the same windows and learn from the "
         f"same text, ProxSparse from {PROXSPARSE_WINDOWS} windows of it; perplexity is of held-out text, and of a\n"
         f"development text that is closer to what is learned from. {_origins(record)} {record.get('remark', '')}",
-        *(figure(f"{picture}.svg", words) for picture, words in about.items() if f"{picture}.svg" in shown),
+        *(figure(file, words) for file, words, svg in pictures if svg is not None),
         markdown_table(["row", "held-out", "development", "sparsity", "by the sign rule", "seconds", "peak GB"], rows),
     ]
-    return Section(f"Quality: every method on {record['model']}", "\n\n".join(text), shown)
+    return Section(
+        f"Quality: every method on {record['model']}",
+        "\n\n".join(text),
+        {file: svg for file, _, svg in pictures if svg is not None},
+    )
 
 
 def for_readme(record: Record) -> str:

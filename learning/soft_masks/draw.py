@@ -41,7 +41,7 @@ class Draw:
         """One of each layer, by its number."""
         if layers and layers[0] < 0:
             raise ValueError(f"layer {layers[0]}: numbers begin at 0")
-        parts = [_signed(part) for part in (key.seed, key.step, key.sample)]
+        parts = [signed(part) for part in (key.seed, key.step, key.sample)]
         softness = torch.tensor([relaxation.scale, relaxation.temperature], dtype=torch.float64, device="cpu")
         noise = torch.tensor([[*parts, layer] for layer in layers], dtype=torch.int64, device="cpu")
         return [cls(row, softness) for row in noise.unbind()]
@@ -63,6 +63,6 @@ class Draw:
         return Relaxation(*self.softness.tolist())
 
 
-def _signed(number: int) -> int:
+def signed(number: int) -> int:
     """The int64 with the same 64 bits."""
     return number - (1 << 64) if number >> 63 else number

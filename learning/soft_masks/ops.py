@@ -62,12 +62,16 @@ def _drawn(
     dtype: torch.dtype, weight: Tensor, gates: Tensor | None, pattern: Tensor, noise: Tensor | None, softness: Tensor | None,
     *tile: int,
 ) -> Tensor:  # fmt: skip
-    arguments = weight, gates, pattern, (tile[0], tile[1]), _draw(noise, softness), dtype
-    if not weight.is_cuda:
-        return in_torch.soft_weight(*arguments)
-    from .kernels import masked_weight as kernels  # needs Triton, which not every machine without a GPU has
+    return _there(weight).soft_weight(weight, gates, pattern, (tile[0], tile[1]), _draw(noise, softness), dtype)
 
-    return kernels.soft_weight(*arguments)
+
+def _there(weight: Tensor) -> Any:
+    """What computes where the weight is: `soft_weight` and `soft_weight_backward`."""
+    if not weight.is_cuda:
+        return in_torch
+    from .kernels import masked_weight  # needs Triton, which not every machine without a GPU has
+
+    return masked_weight
 
 
 def _masked_linear(x: Tensor, bias: Tensor | None, pull: Tensor | None, weight: Tensor, *mask: Any) -> Tensor:
@@ -88,8 +92,7 @@ def _masked_linear_backward(
         if needs_gates or needs_pattern:
             assert x is not None
             gradient = rows.t() @ x.reshape(-1, x.shape[-1])
-            backward = _soft_weight_backward_on_gpu if weight.is_cuda else in_torch.soft_weight_backward
-            effective, d_gates, d_pattern = backward(
+            effective, d_gates, d_pattern = _there(weight).soft_weight_backward(
                 gradient, weight, gates, pattern, tile, _draw(noise, softness), pull, (needs_x, needs_gates, needs_pattern)
             )
         elif needs_x:
@@ -101,12 +104,6 @@ def _masked_linear_backward(
     # two results may not share memory, and a compiled graph takes them for contiguous
     others = (nothing.clone() if d is None else d.contiguous() for d in (d_gates, d_pattern))
     return dx, *others  # type: ignore[return-value]
-
-
-def _soft_weight_backward_on_gpu(*arguments: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    from .kernels import masked_weight as kernels
-
-    return kernels.soft_weight_backward(*arguments)
 
 
 def _without_autocast(weight: Tensor) -> AbstractContextManager[Any]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from patch_compiler.tile_map import GROUP
 
-from ..draw import Draw
+from ..draw import Draw, signed
 from .patterns import kept_of_codes, kept_of_probabilities, probabilities
 
 # A group to each thread: then noise, logits and weights are in the same thread from the start, and a row is one warp's.
@@ -224,6 +224,6 @@ def _draw_arguments(draw: Draw | None) -> tuple[int, int, float, float, float]:
     """key (its 64 bits as a signed number), layer, slope, sharpness and rate as the kernel takes them."""
     if draw is None:
         return 0, 0, 0.0, 0.0, 0.0
-    key, rate = draw.key.philox, draw.relaxation.scale / draw.relaxation.temperature
-    signed = key - (1 << 64) if key >> 63 else key
-    return signed, draw.layer, rate * math.log2(math.e), 1.0 / draw.relaxation.temperature, rate
+    relaxation = draw.relaxation
+    rate = relaxation.scale / relaxation.temperature
+    return signed(draw.key.philox), draw.layer, rate * math.log2(math.e), 1.0 / relaxation.temperature, rate
