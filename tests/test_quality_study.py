@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 
 from benchmarks.quality import study
 from benchmarks.quality.rows import Row, rows
+from benchmarks.quality.workers import shared_out
 
 from .tiny import VOCABULARY, save_tiny
 
@@ -91,9 +94,32 @@ def test_a_row_that_fails_costs_no_other(
     assert [row["name"] for row in found] == [wanted[0].name, wanted[2].name]
     shown = capsys.readouterr()
     assert f"{wanted[1].name:48} failed: RuntimeError: CUDA error: deliberate\n" in shown.out
-    assert "rows that failed: 1" in shown.err
+    assert "rows not made: 1; failed: 1" in shown.err
 
     status, found = call(wanted)
     assert status == 0
     assert [row["name"] for row in found] == [wanted[0].name, wanted[2].name, wanted[1].name]
     assert len(capsys.readouterr().out.splitlines()) == 1  # what was there is not made again
+
+
+def squares(worker: int, items: Iterable[int]) -> Iterator[tuple[int, int]]:
+    for item in items:
+        if item == 3:
+            os._exit(1)  # as the system kills a process that took too much memory
+        time.sleep(0.05)
+        yield item, item * item
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_every_item_is_made_once(workers: int) -> None:
+    items = [4, 5, 6, 7, 8]
+    assert sorted(shared_out(squares, items, workers, None)) == [(n, n * n) for n in items]
+
+
+def test_a_worker_that_dies_costs_its_item_alone() -> None:
+    assert sorted(shared_out(squares, [1, 2, 3, 4, 5, 6], 2, None)) == [(n, n * n) for n in (1, 2, 4, 5, 6)]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_no_item_is_begun_after_the_deadline(workers: int) -> None:
+    assert list(shared_out(squares, [1, 2], workers, time.monotonic())) == []

@@ -1,6 +1,6 @@
 """Every method of the field on one real model, on one footing: perplexity on text that none of them saw.
 
-    python -m benchmarks.quality.study TEXTS OUT [--budget SECONDS] [--steps 300] [--only REGEX]
+    python -m benchmarks.quality.study TEXTS OUT [--budget SECONDS] [--steps 300] [--only REGEX] [--workers 5]
 
 TEXTS: what `benchmarks.quality.texts` wrote. OUT: a JSON file; rows that it already has are not made again, so a study goes on
 where its last call's budget ended; each row says where it was made. A row that fails is printed and is not in the file; the
@@ -18,7 +18,8 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from patch_compiler.tile_map import sparsity_of
 
 from .rows import PROXSPARSE_WINDOWS, Row, learn_config, rows
 from .three_of_four import prune_three_of_four
+from .workers import shared_out
 
 CALIBRATION_WINDOWS = 64
 
@@ -151,6 +153,22 @@ def _peak(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
 
 
+def measured(texts: Path, args: argparse.Namespace, worker: int, wanted: Iterable[Row]) -> Iterator[tuple[Row, Any]]:
+    """(row, what was found, or None where it failed) for each; workers take the GPUs in turn."""
+    gpus = torch.cuda.device_count()
+    device = torch.device("cuda", worker % gpus) if gpus else torch.device("cpu")
+    if gpus:
+        torch.cuda.set_device(device)
+    study = Study(texts, device, args)
+    for row in wanted:
+        try:
+            yield row, study.measure(row) | {"model": study.name, "note": study.note}
+        except Exception as error:  # the GPU is rented: the other rows are made
+            traceback.print_exc()
+            print(f"{row.name:48} failed: {type(error).__name__}: {error}", flush=True)
+            yield row, None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.quality.study", description=(__doc__ or "").partition("\n\n")[0]
@@ -159,44 +177,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("output", type=Path)
     parser.add_argument("--budget", type=float, help="seconds after which no new row is begun")
     parser.add_argument("--only", default="", help="rows whose name this regular expression finds")
+    parser.add_argument("--workers", type=int, default=1, help="processes, shared out over the GPUs")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=32, help="windows of a step")
     parser.add_argument("--micro-batch", type=int, default=16)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--tokens", type=int, help="of held-out text, to try things out; default all")
     args = parser.parse_args(argv)
-    begin = time.monotonic()
+    until = None if args.budget is None else time.monotonic() + args.budget
     settings = {name: getattr(args, name) for name in ("steps", "batch", "micro_batch", "context", "tokens")}
     record: dict[str, Any] = json.loads(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}
     if record and record["settings"] != settings:
         print(f"error: {args.output} was made with {record['settings']}, not {settings}", file=sys.stderr)
         return 2
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    study = Study(args.texts, device, args)
-    record.setdefault("settings", settings)
-    record |= {"model": study.name, "note": study.note, "texts": json.loads((args.texts / "texts.json").read_text())}
+    record |= {"settings": settings, "texts": json.loads((args.texts / "texts.json").read_text())}
     made = {row["name"] for row in record.setdefault("rows", [])}
-    wanted = [row for row in rows() if re.search(args.only, row.name)]
+    wanted = [row for row in rows() if re.search(args.only, row.name) and row.name not in made]
     failed = 0
-    for number, row in enumerate(wanted):
-        if row.name in made:
-            continue
-        if args.budget is not None and time.monotonic() - begin > args.budget:
-            print(f"the budget is spent; {len(wanted) - number} rows are left")
-            break
-        try:
-            found = study.measure(row)
-        except Exception as error:  # the GPU is rented: the other rows are made
+    for row, found in shared_out(partial(measured, args.texts, args), wanted, args.workers, until):
+        if found is None:
             failed += 1
-            traceback.print_exc()
-            print(f"{row.name:48} failed: {type(error).__name__}: {error}", flush=True)
             continue
+        record |= {key: found.pop(key) for key in ("model", "note")}
         facts = provenance("benchmarks.quality.study", [])
-        record["rows"].append(found | {key: facts[key] for key in ("device", "commit", "date")})
+        where = {key: facts[key] for key in ("device", "commit", "date")} | {"workers": args.workers}
+        record["rows"].append(found | where)
         write_results(args.output, facts, {k: v for k, v in record.items() if k != "provenance"})
-        print(f"{found['name']:48} {found['heldout']:10.3f} {found['reached']:.4%} {found['seconds']:7.1f} s", flush=True)
-    if failed:
-        print(f"rows that failed: {failed}", file=sys.stderr)
+        print(f"{row.name:48} {found['heldout']:10.3f} {found['reached']:.4%} {found['seconds']:7.1f} s", flush=True)
+    left = len(wanted) - sum(row["name"] not in made for row in record["rows"])
+    if left:
+        print(f"rows not made: {left}; failed: {failed}", file=sys.stderr)
     return 1 if failed else 0
 
 
