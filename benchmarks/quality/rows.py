@@ -56,6 +56,10 @@ def learn_config(row: Row, steps: int, batch: int, micro_batch: int, context: in
 # PATCH Tile's published rate of 1e-4 is for 2000 steps and for logits that bfloat16 keeps from moving
 SHORT: dict[str, Any] = {"lr": 1e-3, "tiles": Relaxing(Ramp(25, 350), Ramp(2, 0.05))}
 
+# what did best at 45 % on the development text, of the changes that `rows` tries
+CHOSEN: tuple[tuple[str, Any], ...] = (("settle", 0.3), ("tile_lr", 5.0), ("lr", 3e-3))
+CHOSEN_TILE: tuple[tuple[str, Any], ...] = (("settle", 0.3), ("tile_lr", 5.0))
+
 
 def rows() -> list[Row]:
     return list(dict.fromkeys(_rows()))
@@ -73,20 +77,30 @@ def _rows() -> Iterator[Row]:
         yield Row("learned", "joint", sparsity=sparsity)
         yield Row("learned", "tile", sparsity=sparsity)
     yield Row("learned", "joint", sparsity=0.45, settings=(("compat", "patch"),))
-    # why PATCH's code is ahead at 45 %: tiles decided before the end, its prior, its penalty, its weaker reward?
+    # why PATCH's code is ahead at 45 %: its tiles decided early, its rate, weaker reward, penalty, priors with no noise beside?
     settled = ("settle", 0.3)
     decided = settled, ("tile_lr", 5.0)
-    for seed in (0, 1):
-        yield Row("learned", "joint", sparsity=0.45, seed=seed, settings=(settled,))
-        yield Row("learned", "joint", sparsity=0.45, seed=seed, settings=decided)
-        # published rates are for 2000 steps; but logits whose gradient is noise walk at random, and most may be such
-        yield Row("learned", "joint", sparsity=0.45, seed=seed, settings=(*decided, ("lr", 3e-3)))
-        yield Row("learned", "joint", sparsity=0.45, seed=seed, settings=(settled, ("tile_lr", 10.0), ("lr", 5e-4)))
-    for change in (("tile_prior", "survivors"), ("training_budget", "penalty"), ("norm_reward", 5.0)):
-        yield Row("learned", "joint", sparsity=0.45, settings=(*decided, ("lr", 3e-3), change))
+    yield Row("learned", "joint", sparsity=0.45, settings=(settled,))
+    yield Row("learned", "joint", sparsity=0.45, settings=decided)
+    # published rates are for 2000 steps; but logits whose gradient is noise walk at random, and most may be such
+    fast = *decided, ("lr", 3e-3)
+    yield Row("learned", "joint", sparsity=0.45, settings=fast)
+    yield Row("learned", "joint", sparsity=0.45, settings=(settled, ("tile_lr", 10.0), ("lr", 5e-4)))
+    quiet = ("init_std", 0.0035), ("prior_strength", 12.0)
+    for change in (quiet, (("norm_reward", 5.0),), (("training_budget", "penalty"),)):
+        yield Row("learned", "joint", sparsity=0.45, settings=(*fast, *change))
     yield Row("learned", "joint", sparsity=0.45, settings=(("compat", "patch"), ("lr", 3e-3)))
     yield Row("learned", "maskllm", sparsity=0.5, settings=(("lr", 2e-3),))
     yield Row("learned", "tile", sparsity=0.45, settings=decided)
+    for seed in (0, 1):
+        for sparsity in (0.45, 0.35, 0.25):
+            yield Row("learned", "joint", sparsity=sparsity, settings=CHOSEN, seed=seed)
+    for tile in (64, 16, 4):
+        yield Row("learned", "joint", sparsity=0.45, tile=tile, settings=CHOSEN)
+    yield Row("learned", "joint", sparsity=0.45, settings=(*CHOSEN, ("per_layer", True)))
+    for seed in (0, 1):
+        for sparsity in (0.45, 0.35, 0.25):
+            yield Row("learned", "tile", sparsity=sparsity, settings=CHOSEN_TILE, seed=seed)
     for sparsity in (*HYBRID, 0.5):
         yield Row("one-shot", "sparsegpt", "unstructured", sparsity)
     for method in ("wanda", "sparsegpt"):
@@ -100,10 +114,6 @@ def _rows() -> Iterator[Row]:
     for tile in (64, 16, 4):
         yield Row("learned", "joint", sparsity=0.45, tile=tile)
         yield Row("one-shot", "sparsegpt", "hybrid", 0.45, tile=tile)
-    yield Row("learned", "joint", sparsity=0.45, settings=(("per_layer", True),))
-    yield Row("learned", "joint", sparsity=0.45, settings=(("training_budget", "penalty"),))
-    # priors are added to noise, which flips some of the patterns that learning begins with; twice as far apart, none
-    yield Row("learned", "joint", sparsity=0.45, settings=(("prior_strength", 6.0),))
     for method in ("wanda", "magnitude", "thanos"):
         for sparsity in HYBRID:
             yield Row("one-shot", method, "unstructured", sparsity)
@@ -112,4 +122,4 @@ def _rows() -> Iterator[Row]:
         yield Row("learned", "tile", sparsity=sparsity, settings=(("compat", "patch"),))
     for tile in (64, 16, 4):
         for sparsity in (0.35, 0.25):
-            yield Row("learned", "joint", sparsity=sparsity, tile=tile)
+            yield Row("learned", "joint", sparsity=sparsity, tile=tile, settings=CHOSEN)

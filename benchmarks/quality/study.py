@@ -203,7 +203,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = {key: facts[key] for key in ("device", "commit", "date")} | {"workers": args.workers}
         record["rows"].append(found | where)
         write_results(args.output, facts, {k: v for k, v in record.items() if k != "provenance"})
-        print(f"{row.name:48} {found['heldout']:10.3f} {found['reached']:.4%} {found['seconds']:7.1f} s", flush=True)
+        texts = " ".join(f"{found[text]:10.3f}" for text in ("heldout", "development"))
+        print(f"{row.name:60} {texts} {found['reached']:.4%} {found['seconds']:7.1f} s", flush=True)
     left = len(wanted) - sum(row["name"] not in made for row in record["rows"])
     if left:
         print(f"rows not made: {left}; failed: {failed}", file=sys.stderr)
