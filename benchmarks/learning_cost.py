@@ -5,13 +5,14 @@
 Random weights in the sizes of SmolLM2-135M, Llama-3.2-1B and LLaMA-2-7B; random tokens. Eager: softmax, noise, masks and
 products as separate autograd operations. Both with activations that are recomputed block by block and with activations that
 are kept. Memory is what a step needs at its peak beyond the activations, which are taken from our step with dense frozen
-weights; the weights themselves count.
+weights; the weights themselves count. Rows are written as they come; cases that the file already has are not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -190,16 +191,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("benchmarks.learning_cost measures a GPU: it needs one")
         return 2
-    rows = []
-    for size in args.cases:
-        for mode in CASES[size][2]:
-            for row in measure(size, mode, args.steps):
-                rows.append(row)
-                print(row, flush=True)
-                gc.collect()
-                torch.cuda.empty_cache()
     output = args.output or results_file("learning-cost")
-    write_results(output, provenance("benchmarks.learning_cost", arguments), {"rows": rows})
+    record: dict[str, Any] = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {"rows": []}
+    rows = record["rows"]
+    cases = [(size, mode) for size in args.cases for mode in CASES[size][2]]
+    for size, mode in cases:
+        if sum((row["size"], row["mode"]) == (size, mode) for row in rows) == 2:
+            continue
+        rows[:] = [row for row in rows if (row["size"], row["mode"]) != (size, mode)]
+        for row in measure(size, mode, args.steps):
+            facts = provenance("benchmarks.learning_cost", arguments)
+            rows.append(row | {key: facts[key] for key in ("device", "commit", "date")})
+            write_results(output, facts, {key: value for key, value in record.items() if key != "provenance"})
+            print(row, flush=True)
+            gc.collect()
+            torch.cuda.empty_cache()
     columns = (
         "size", "mode", "precision", "activations", "step_ms", "uncompiled_step_ms", "eager_ms", "dense_ms", "bytes_per_weight",
         "uncompiled_bytes_per_weight", "eager_bytes_per_weight",

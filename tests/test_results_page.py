@@ -82,7 +82,7 @@ def learning_cost() -> dict[str, object]:
     row = {
         "size": "1b", "mode": "tile", "precision": "float32", "weights": 9, "windows": 1, "context": 2, "dense_ms": a_time(),
         "activations": "kept", "uncompiled_step_ms": a_time(), "step_ms": a_time(), "peak_gb": a_time(),
-        "bytes_per_weight": a_time(),
+        "bytes_per_weight": a_time(), "device": "a GPU", "commit": "abc",
     }  # fmt: skip
     return {
         "rows": [row | {"eager_ms": a_time(), "eager_bytes_per_weight": a_time()}, row | {"mode": "joint", "eager_ms": None}]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..charts import Bar, bar_chart
 from ..origin import origin
 from ..svg import QUIET, SERIES
-from .section import Record, Section, figure, markdown_table, where_from
+from .section import Record, Section, figure, markdown_table, where_from, where_rows_are_from
 
 TIMES = (
     ("step_ms", "ours", SERIES[0]), ("uncompiled_step_ms", "ours, not compiled", SERIES[2]), ("eager_ms", "eager", SERIES[1]),
@@ -31,7 +31,8 @@ def section(name: str, record: Record) -> Section:
     text = [
         f"{where_from(record)}\n"
         "One micro-batch, forward and backward, and the optimizer. Random weights. Eager does the same with separate autograd\n"
-        "operations. Bytes are what a step needs at its peak beyond activations, the weights included.",
+        "operations. Bytes are what a step needs at its peak beyond activations, the weights included.\n"
+        f"{where_rows_are_from(record)} {record.get('remark', '')}",
         figure(picture, "milliseconds of a step"),
         markdown_table(list(COLUMNS), rows),
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from statistics import mean
 
@@ -10,7 +9,7 @@ from ..charts import Axes, Bar, Field, Series, bar_chart, line_chart
 from ..origin import origin
 from ..quality.rows import PROXSPARSE_WINDOWS
 from ..svg import INK, QUIET, SERIES
-from .section import Record, Section, figure, markdown_table, where_from
+from .section import Record, Section, figure, markdown_table, where_from, where_rows_are_from
 
 LIMIT = 8  # times the dense perplexity: what is worse would flatten all other curves
 CHOICES_AT = 0.45  # the sparsity at which tile sizes and settings are compared
@@ -51,7 +50,7 @@ def section(name: str, record: Record) -> Section:
         f"{record['model']}{', ' + record['note'] if record['note'] else ''}. Learned rows: {settings['steps']} steps of "
         f"{settings['batch']} windows of {settings['context']} tokens.\nAll calibrate on the same windows and learn from the "
         f"same text, ProxSparse from {PROXSPARSE_WINDOWS} windows of it; perplexity is of held-out text, and of a\n"
-        f"development text that is closer to what is learned from. {_origins(record)} {record.get('remark', '')}",
+        f"development text that is closer to what is learned from. {where_rows_are_from(record)} {record.get('remark', '')}",
         *(figure(file, words) for file, words, svg in pictures if svg is not None),
         markdown_table(["row", "held-out", "development", "sparsity", "by the sign rule", "seconds", "peak GB"], rows),
     ]
@@ -75,15 +74,9 @@ def for_readme(record: Record) -> str:
     return (
         f"{where_from(record)}\n"
         f"{record['model']}; dense: {dense:.1f}. Learned: {settings['steps']} steps of {settings['batch']} windows of "
-        f"{settings['context']} tokens, mean over seeds. {_origins(record)}\n\n"
+        f"{settings['context']} tokens, mean over seeds. {where_rows_are_from(record)}\n\n"
         + markdown_table(["method", *(f"{s:.0%}" for s in README_SPARSITIES)], lines)
     )
-
-
-def _origins(record: Record) -> str:
-    counted = Counter((row["device"], row["commit"]) for row in record["rows"])
-    places = ", ".join(f"{count} on {device} at {commit}" for (device, commit), count in counted.items())
-    return f"Rows: {places}."
 
 
 def _by_sparsity(record: Record) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,3 +41,10 @@ def where_from(record: Record) -> str:
     """The line that every section begins with."""
     command, _, rest = origin(record["provenance"]).partition(" — ")
     return f"`{command}` on {rest}."
+
+
+def where_rows_are_from(record: Record) -> str:
+    """Of a file that several runs filled: how many rows each made."""
+    counted = Counter((row["device"], row["commit"]) for row in record["rows"])
+    places = ", ".join(f"{count} on {device} at {commit}" for (device, commit), count in counted.items())
+    return f"Rows: {places}."
