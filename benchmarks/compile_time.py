@@ -1,16 +1,18 @@
 """How long a 7B-shaped model takes to pack and to compile, with empty caches and with full ones.
 
-    python -m benchmarks.compile_time [--layers 32] [--output benchmarks/results/compile-time-<gpu>.json]
+    python -m benchmarks.compile_time [--layers 32] [--profile DIR] [--output benchmarks/results/compile-time-<gpu>.json]
 
 LLaMA-2-7B's sizes, random weights and 45 % random hybrid masks. Packing is `convert` on the GPU. Compiling is the first call of
 torch.compile(backend="patch") on one token, in a process of its own: once with fresh caches of Inductor, Triton, ours and of
 Python's bytecode (most of torch is imported then), then again with what the first one left behind. The dense model through
-Inductor, the same way, shows what of it is torch's: nobody caches what Dynamo traces.
+Inductor, the same way, shows what of it is torch's: nobody caches what Dynamo traces. --profile: where the time goes by
+Python's functions, of each of the four, in DIR/<patch or dense>-<cold or warm>.prof; the profiler makes them slower.
 """
 
 from __future__ import annotations
 
 import argparse
+import cProfile
 import json
 import os
 import subprocess
@@ -18,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +60,7 @@ def random_masks(model: nn.Module) -> dict[str, HardMask]:
 
 
 @torch.no_grad()
-def once(what: str, layers: int) -> dict[str, Any]:
+def once(what: str, layers: int, profile: Path | None) -> dict[str, Any]:
     """What one process takes: pack (of "patch"), then compile and run the first token."""
     torch.manual_seed(0)  # the tile maps decide what can be found in the caches
     model = random_llama(replace(SIZES["llama-2-7b"], blocks=layers))
@@ -70,8 +73,11 @@ def once(what: str, layers: int) -> dict[str, Any]:
     packed = time.perf_counter()
     fast = torch.compile(model, backend="patch" if what == "patch" else "inductor", fullgraph=True)
     tokens = torch.randint(32000, (1, 1), device="cuda")
-    fast(tokens, use_cache=False)
-    torch.cuda.synchronize()
+    with cProfile.Profile() if profile else nullcontext() as profiler:
+        fast(tokens, use_cache=False)
+        torch.cuda.synchronize()
+    if profile:
+        profiler.dump_stats(profile)
     compiled = time.perf_counter()
     runs = [site.runs for site in explain(model).sites]
     return {
@@ -87,10 +93,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compile_time", description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/compile-time-<gpu>.json")
+    parser.add_argument("--profile", type=Path, help="a directory for cProfile's statistics")
     parser.add_argument("--once", choices=WHAT, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.once:
-        print(json.dumps(once(args.once, args.layers)))
+        print(json.dumps(once(args.once, args.layers, args.profile)))
         return 0
     if not torch.cuda.is_available():
         print("benchmarks.compile_time compiles for a GPU: it needs one")
@@ -103,6 +110,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             environment.pop("PYTHONDONTWRITEBYTECODE", None)
             for run in ("cold", "warm"):
                 command = [sys.executable, "-m", "benchmarks.compile_time", "--once", what, "--layers", str(args.layers)]
+                if args.profile:
+                    args.profile.mkdir(parents=True, exist_ok=True)
+                    command += ["--profile", str(args.profile / f"{what}-{run}.prof")]
                 done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
                 record[what][run] = json.loads(done.stdout.splitlines()[-1])
                 print(what, run, record[what][run], flush=True)
