@@ -42,7 +42,7 @@ from patch_compiler import (
     save_compressed,
     save_masks,
 )  # fmt: skip
-from patch_compiler.explanation import COLUMNS
+from patch_compiler.explanation import listing
 from patch_compiler.linears import decoder_blocks, weight_of
 from patch_compiler.packed import packed_bytes
 from patch_compiler.provenance import provenance, write_results
@@ -249,7 +249,7 @@ def deploy(
     with steps("Explain: what runs for each linear, and why"):
         sites = explain(model).sites
         shown = len(sites) // len(decoder_blocks(job.source.model)[1])
-        say(table([site.row() for site in sites[:shown]], COLUMNS))
+        say(listing(sites[:shown]))
         say(f"... the first of {len(sites)} linears; the report lists all")
     return Deployed(sites, texts, sizes, differences)
 

@@ -49,11 +49,22 @@ class Site:
         if self.tile_map is not None:
             kinds = "/".join(str(self.tile_map.count(k)) for k in (TileKind.DENSE, TileKind.SPARSE24, TileKind.ZERO))
         held = self.packed_bytes if self.packed_bytes is not None else self.dense_bytes
-        why = "; ".join((self.reason, *self.schedules))
-        return self.name, f"{self.shape[0]}x{self.shape[1]}", kinds, self.runs, held, why
+        return self.name, f"{self.shape[0]}x{self.shape[1]}", kinds, self.runs, held, self.reason
 
 
 COLUMNS = ("layer", "shape", "dense/2:4/zero tiles", "runs", "weight bytes", "why")
+
+
+def listing(sites: Sequence[Site]) -> str:
+    """A table; below each site what runs by number of tokens, or which site above it runs the same."""
+    header, rule, *rows = table([s.row() for s in sites], COLUMNS).split("\n")
+    found, first_of = [header, rule], dict[tuple[str, ...], str]()
+    for site, row in zip(sites, rows, strict=True):
+        found.append(row)
+        if schedules := site.schedules:
+            first = first_of.setdefault(schedules, site.name)
+            found += [f"    {line}" for line in (schedules if first == site.name else [f"as {first}"])]
+    return "\n".join(found)
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,7 @@ class Explanation:
             counts[site.runs] = counts.get(site.runs, 0) + 1
         summary = ", ".join(f"{n} run the {what}" if what != "eager" else f"{n} not compiled" for what, n in counts.items())
         head = f"{self.title}{len(self.sites)} linear layers in {self.graphs} compiled graphs: {summary or 'none found'}"
-        return head + ("\n" + table([s.row() for s in self.sites], COLUMNS) if self.sites else "")
+        return head + ("\n" + listing(self.sites) if self.sites else "")
 
     __repr__ = __str__
 

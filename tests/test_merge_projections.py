@@ -182,6 +182,10 @@ def test_one_launch_for_each_input(form: str, bias: str, graphs: list) -> None:
     assert "launch" not in reasons["down"]
     schedules = {s.name: s.schedules for s in explain(block).sites}
     assert schedules["q"] == schedules["k"] == schedules["v"] != schedules["gate"]
+    shown = [line for line in str(explain(block)).splitlines() if line.startswith("    ")]
+    down = ["    as q"] if schedules["down"] == schedules["q"] else [f"    {s}" for s in schedules["down"]]
+    of_gate = [f"    {s}" for s in schedules["gate"]]
+    assert shown == [f"    {s}" for s in schedules["q"]] + ["    as q"] * 2 + of_gate + ["    as gate"] + down
     if form == "PatchLinear":
         for group in ((block.q, block.k, block.v), (block.gate, block.up)):
             for name in ("values", "indices", "kinds"):
