@@ -29,7 +29,7 @@ def shared_out(work: Work[Item, Made], items: Sequence[Item], workers: int, unti
         todo.put(item)
     for _ in range(workers):
         todo.put(None)
-    processes = [spawn.Process(target=_run, args=(work, n, todo, done, until), daemon=False) for n in range(workers)]
+    processes = [spawn.Process(target=_run, args=(work, n, todo, done, until)) for n in range(workers)]
     for process in processes:
         process.start()
     try:
@@ -45,8 +45,11 @@ def shared_out(work: Work[Item, Made], items: Sequence[Item], workers: int, unti
 
 
 def _run(work: Work[Any, Any], number: int, todo: Any, done: Any, until: float | None) -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
     def items() -> Iterator[Any]:
-        while not _past(until) and (item := todo.get()) is not None:
+        while parent.is_alive() and not _past(until) and (item := todo.get()) is not None:
             yield item
 
     for made in work(number, items()):
