@@ -38,7 +38,7 @@ docs: $(NEEDS_TOOLS)
 	$(RUN) -m benchmarks.weight_to_kernel
 
 # Tests and benchmarks that need a GPU, in one go; the numbers go to benchmarks/results/. Most of the tests' time is
-# compilation: make gpu PYTEST_ADDOPTS="-n 8" is several times faster.
+# compilation: make gpu PYTEST_ADDOPTS="-n 8" is several times faster. Not the quality study, which needs texts.
 gpu: $(NEEDS_TOOLS)
 	$(RUN) -m pytest -m "gpu or not gpu" tests/gpu tests/test_reference_kernel.py tests/test_packed.py \
 		tests/test_formats.py tests/test_expand.py
@@ -47,6 +47,12 @@ gpu: $(NEEDS_TOOLS)
 	$(RUN) -m benchmarks.prefill
 	$(RUN) -m benchmarks.pick_quality
 	$(RUN) -m benchmarks.compile_time
+	$(RUN) -m benchmarks.learning_cost
+	$(RUN) -m benchmarks.one_shot_cost
+	$(RUN) -m benchmarks.load_time
+	$(RUN) -m benchmarks.soak
+	$(RUN) -m patch_compiler.bench llama-2-7b --batch 16 --long-prompt 2048 --sparsity 0.25,0.35,0.45 --dense inductor \
+		--output "$$($(RUN) -c 'from benchmarks.results_file import results_file as f; print(f("bench-llama-2-7b"))')"
 
 # The decode kernels under compute-sanitizer (which comes with CUDA). API errors are not reported: Triton's launcher tries an
 # attribute that older drivers refuse, and goes on without it.
