@@ -1,8 +1,8 @@
 """The main job on a real model, end to end: prune, compare, save, load, compile, write a text, report. `make demo` runs this.
 
 A small language model is pruned one-shot in several ways from one calibration; perplexity is measured on text that was
-not calibrated on. One hybrid model then goes the way a user's goes: mask file, compressed checkpoint, load,
-torch.compile(backend="patch"), generate. Ends with a table, an HTML page and a JSON file of all numbers.
+not calibrated on. One hybrid model, refitted to its masks, then goes the way a user's goes: mask file, compressed
+checkpoint, load, torch.compile(backend="patch"), generate. Ends with a table, an HTML page and a JSON file of all numbers.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from learning.data import describe_source, token_stream, token_windows
 from learning.evaluation.perplexity import generate_texts, padded, perplexity
 from learning.models import LoadedModel, check_context, load_model
 from learning.prune import prune
+from learning.refit import refit
 from patch_compiler import (
     HardMask,
     Site,
@@ -50,6 +51,7 @@ from patch_compiler.report import RESULT_COLUMNS, Highlight, Report, Result, Sam
 from patch_compiler.text_table import human_bytes, table
 
 CHOSEN = 0.35
+REFITTED = "refitted"
 FEED_FORWARD = r"\.(mlp|fc1|fc2)\b"  # LLaMA and its like, GPT-2; OPT
 QUESTIONS = ("Who was Charles Dickens?", "What is photosynthesis?", "What is the capital of France?")
 
@@ -111,6 +113,7 @@ class Job:
     """What all configurations share. linears: layer -> (M, K) of every linear in the decoder blocks."""
 
     source: LoadedModel
+    windows: Tensor  # that were calibrated on
     calibration: Calibration
     heldout: Tensor
     context: int
@@ -118,7 +121,7 @@ class Job:
     linears: Mapping[str, tuple[int, int]]
     protocol: str = ""  # how perplexity was measured
 
-    def measure(self, name: str, model: nn.Module, masks: Mapping[str, HardMask], chosen: bool = False) -> Result:
+    def measure(self, name: str, model: nn.Module, masks: Mapping[str, HardMask], *, chosen: bool = False) -> Result:
         """Perplexity; sparsity and bytes over all linears of the decoder blocks, masked or not."""
         measured = perplexity(model, self.heldout, self.context, progress=False)
         self.protocol = measured.protocol
@@ -154,9 +157,9 @@ def run(args: argparse.Namespace, arguments: Sequence[str]) -> None:
     with steps(f"Calibrate once: {args.samples} windows of {args.context} tokens, forward and backward"):
         windows = token_windows(source.tokenizer, None, args.context, args.samples)
         heldout = token_stream(source.tokenizer, None, limit=args.eval_tokens)
-        job = Job(source, calibrate(source.model, windows), heldout, args.context, args.tile, shapes)
-    results, masks = compare(job, steps)
-    finish(job, results, deploy(job, masks, args, steps, facts), args, steps, facts)
+        job = Job(source, windows, calibrate(source.model, windows), heldout, args.context, args.tile, shapes)
+    results, model, masks = compare(job, steps)
+    finish(job, results, deploy(job, model, masks, args, steps, facts), args, steps, facts)
 
 
 def check_compiler(device: str) -> None:
@@ -174,22 +177,25 @@ def hybrid_name(sparsity: float) -> str:
     return f"hybrid {100 * sparsity:.4g} %"
 
 
-def compare(job: Job, steps: Steps) -> tuple[list[Result], dict[str, HardMask]]:
-    """All configurations, dense first, and the masks of the chosen one."""
+def compare(job: Job, steps: Steps) -> tuple[list[Result], nn.Module, dict[str, HardMask]]:
+    """All configurations, dense first, and the chosen one: the model, masked, and its masks."""
     with steps("Dense: perplexity on held-out text"):
         results = [job.measure("dense", job.source.model, {})]
     with steps("Feed-forward linears 2:4, attention dense"):
         feed_forward = job.measure("feed-forward 2:4", *job.prune(pattern="2:4", include=FEED_FORWARD))
-    chosen: dict[str, HardMask] = {}
+    chosen = copy.deepcopy(job.source.model)
     for sparsity in sorted({0.25, CHOSEN, 0.45, feed_forward.sparsity}):
         name = hybrid_name(sparsity)
         with steps(f"{name.capitalize()}: the tiles that matter most stay dense, the others become 2:4"):
             model, masks = job.prune(pattern="hybrid", sparsity=sparsity)
-            results.append(job.measure(name, model, masks, sparsity == CHOSEN))
-            chosen = masks if sparsity == CHOSEN else chosen
+            results.append(job.measure(name, model, masks))
+        if sparsity == CHOSEN:
+            with steps("The same masks, refitted: the weights that are kept make up for the others"):
+                chosen_masks = refit(chosen, masks, job.windows, progress=False).masks
+                results.append(job.measure(f"{name}, {REFITTED}", chosen, chosen_masks, chosen=True))
     with steps("2:4 everywhere"):
         results += [feed_forward, job.measure("2:4 everywhere", *job.prune(pattern="2:4"))]
-    return results, chosen
+    return results, chosen, chosen_masks
 
 
 @dataclass(frozen=True)
@@ -208,17 +214,16 @@ class Deployed:
 
 @torch.no_grad()
 def deploy(
-    job: Job, masks: Mapping[str, HardMask], args: argparse.Namespace, steps: Steps, facts: Mapping[str, str]
+    job: Job, model: nn.Module, masks: Mapping[str, HardMask], args: argparse.Namespace, steps: Steps, facts: Mapping[str, str]
 ) -> Deployed:
-    """Save, load, compile and use the chosen model, as its user would."""
+    """Save, load, compile and use the chosen model, as its user would. model: masked; it is packed."""
     mask_file, directory = args.output / "mask.safetensors", args.output / "compressed"
     tokenizer = job.source.tokenizer
     prompts = [prompt_for(tokenizer, question) for question in QUESTIONS]
     inputs = padded(tokenizer, prompts, args.device)
-    with steps(f"Save the masks and the compressed checkpoint of {hybrid_name(CHOSEN)}"):
-        origin = {"method": "wanda", "calibration": describe_source(None), "commit": facts["commit"]}
+    with steps(f"Save the masks and the compressed checkpoint of {hybrid_name(CHOSEN)}, {REFITTED}"):
+        origin = {"method": f"wanda, {REFITTED}", "calibration": describe_source(None), "commit": facts["commit"]}
         save_masks(mask_file, masks, base_model=job.source.name, provenance=origin)
-        model = copy.deepcopy(job.source.model)
         dense_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         apply_masks(model, load_masks(mask_file).masks)
         expected = first_logits(model, inputs)
@@ -242,7 +247,7 @@ def deploy(
         model.compile(backend="patch")
         differences["compiled"] = float((first_logits(model, inputs) - expected).norm() / expected.norm())
         say(f"logits now differ by {differences['compiled']:.1e}: Inductor's fused kernels round elsewhere")
-    name = f"{hybrid_name(CHOSEN)}, compressed and compiled"
+    name = f"{hybrid_name(CHOSEN)}, {REFITTED}, compressed and compiled"
     with steps(f"The model writes: {name}"):
         texts[name] = generate_texts(model, tokenizer, prompts, args.new_tokens)
         say(answers(texts[name]))

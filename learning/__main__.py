@@ -1,4 +1,4 @@
-"""`python -m learning prune | learn | evaluate | export | import-mask`; each says what it takes with --help.
+"""`python -m learning prune | learn | refit | evaluate | export | import-mask`; each says what it takes with --help.
 
 Exit codes: 0 done, 2 bad input (one line on stderr says what), 75 `learn` was asked to stop and can be resumed, 130
 interrupted. Nothing half-written is left behind.

@@ -10,30 +10,26 @@ or, one calibration for several sparsities, each on a fresh copy of the dense mo
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from patch_compiler.linears import attach_mask, weight_of
 from patch_compiler.tile_map import DEFAULT_TILE, TileKind, TileMap, normalize_tile
 
 from .blocks import BlockRunner, check_windows
 from .budget import Budget, allocate_dense_tiles, check_budget, split_exactly
 from .calibration import Calibration, calibrate
-from .one_shot import METHODS, Pruned
+from .one_shot import METHODS
 from .one_shot.proxsparse_training import ProxSparseTraining, learn_patterns
+from .prune_blocks import PruneOne, prune_blocks, prune_layer
 from .prune_checks import PATTERNS, check_calibration, check_request, checked_linears, shape_of, warn_of_stacked_weights
 from .prune_result import PrunedLayer, PruneResult
-from .statistics import InputCollector
 from .tile_scores import tile_scores, weight_on_device
 
 __all__ = ["PATTERNS", "PruneResult", "PrunedLayer", "prune"]
-
-PruneOne = Callable[[str, Tensor, Any], Pruned]  # (layer, weight [M, K], what the method needs)
 
 
 def prune(
@@ -112,48 +108,9 @@ def prune(
     result = PruneResult(method, pattern, 0.5 if share is None else float(share), tile)
     if windows is not None and needs in ("inputs", "hessian"):
         with BlockRunner(model, windows, device) as runner:
-            _prune_blocks(runner, linears, prune_one, result, hessian=needs == "hessian", progress=progress)
+            prune_blocks(runner, linears, prune_one, result, hessian=needs == "hessian", progress=progress)
     else:
         for name, module in tqdm(linears.items(), desc=f"pruning ({method})", unit="layer", disable=not progress):
             with weight_on_device(module, device, write_back=True) as weight:
-                _prune_layer(name, module, prune_one(name, weight, known.get(name)), result)
+                prune_layer(name, module, prune_one(name, weight, known.get(name)), result)
     return result
-
-
-def _prune_blocks(
-    runner: BlockRunner,
-    linears: dict[str, nn.Module],
-    prune_one: PruneOne,
-    result: PruneResult,
-    hessian: bool,
-    progress: bool,
-) -> None:
-    """Per block: run it dense to see its inputs, prune it, run it pruned to get the next block's inputs."""
-    last = max(i for i in range(len(runner.blocks)) if runner.members(i, linears))
-    for i in tqdm(range(last + 1), desc=f"pruning ({result.method})", unit="block", disable=not progress):
-        members = runner.members(i, linears)
-        with runner.block_on_device(i, write_back=bool(members)) as block:
-            if members:
-                with InputCollector(block, members, hessian) as collector:
-                    runner.run(i, advance=False)
-                statistics = collector.statistics()
-                for name in list(statistics):  # each goes as soon as its last layer is pruned
-                    module = members[name]
-                    _prune_layer(name, module, prune_one(name, weight_of(module), statistics.pop(name)), result)
-            if i < last:
-                runner.run(i, advance=True)
-
-
-@torch.no_grad()
-def _prune_layer(name: str, module: nn.Module, pruned: Pruned, result: PruneResult) -> None:
-    """Write the pruned weight and its mask into the module and add its row to the result."""
-    if pruned.method != result.method:
-        warnings.warn(f"{name}: {result.method} found no usable Hessian, pruned with {pruned.method} instead", stacklevel=4)
-    weight_of(module).copy_(pruned.weight)
-    dense = sparse24 = 0
-    if pruned.mask is not None:
-        attach_mask(module, pruned.mask)
-        result.masks[name] = pruned.mask
-        dense, sparse24 = (pruned.mask.tile_map.count(kind) for kind in (TileKind.DENSE, TileKind.SPARSE24))
-    zeros = int((~pruned.keep).sum())
-    result.layers.append(PrunedLayer(name, shape_of(module), zeros, dense, sparse24, pruned.method))

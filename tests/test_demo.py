@@ -45,7 +45,11 @@ def test_demo_numbers(finished: Path) -> None:
     for sparsity in (0.25, 0.35, 0.45, rows["feed-forward 2:4"]["sparsity"]):
         row = rows[demo.hybrid_name(sparsity)]
         assert abs(row["sparsity"] - sparsity) <= 16 * 16 / 2 / weights, "a budget is exact to one tile"
-        assert row["chosen"] == (sparsity == demo.CHOSEN)
+        assert not row["chosen"]
+    plain, refitted = (rows[demo.hybrid_name(demo.CHOSEN) + end] for end in ("", f", {demo.REFITTED}"))
+    assert refitted["chosen"]
+    assert (refitted["sparsity"], refitted["nbytes"]) == (plain["sparsity"], plain["nbytes"])
+    assert refitted["perplexity"] != plain["perplexity"]
     assert all(0 < row["nbytes"] <= row["dense_bytes"] == 2 * weights for row in rows.values())
     layers = [site["layer"] for site in record["dispatch"] if site["layer"].startswith("model.layers.")]
     assert len(set(layers)) == len(layers) == 14

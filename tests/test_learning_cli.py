@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from learning.__main__ import main
-from learning.commands import options, pruned_output
+from learning.commands import calibration_options, options, pruned_output
 from learning.commands import prune as prune_command
 from learning.data import token_stream
 from learning.evaluation.perplexity import perplexity
@@ -114,7 +114,7 @@ def test_24_needs_no_sparsity_and_include_limits_it(base, tmp_path):
 
 
 def test_magnitude_reads_no_text(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(prune_command, "token_windows", None)
+    monkeypatch.setattr(calibration_options, "token_windows", None)
     assert main(["prune", str(base), *PRUNE, "--method", "magnitude", "--tile", "16x32", "-o", str(tmp_path / "out")]) == 0
     assert {m.tile_map.tile for m in load_masks(tmp_path / "out" / "mask.safetensors").masks.values()} == {(16, 32)}
 

@@ -65,6 +65,8 @@ def check_every_kind(call: Call) -> None:
     for row, made in zip(wanted, found, strict=True):
         assert math.isfinite(made["heldout"])
         assert math.isfinite(made["development"])
+        assert ("heldout_refitted" in made) == (row.kind == "learned" or row.pattern in ("hybrid", "2:4"))
+        assert math.isfinite(made.get("heldout_refitted", 0.0))
         settings = dict(row.settings)
         if row.include is None and "compat" not in settings and "per_layer" not in settings:  # PATCH's code misses the budget
             tile = row.tile**2 / 2 if row.pattern == "hybrid" else 1

@@ -5,7 +5,7 @@
 TEXTS: what `benchmarks.quality.texts` wrote. OUT: a JSON file; rows that it already has are not made again, so a study goes on
 where its last call's budget ended; each row says where it was made. A row that fails is printed and is not in the file; the
 others are made, and the exit status is 1. All calibrate on the same windows and learn from the same text. ProxSparse learns: it
-takes as many windows of that text as its paper does.
+takes as many windows of that text as its paper does. Where a row ends with masks, the dense model is also refitted to them.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from learning.calibration import Calibration, calibrate
 from learning.evaluation.perplexity import perplexity
 from learning.models import load_model
 from learning.prune import prune
+from learning.refit import refit
 from learning.soft_masks.learned_masks import LearnedMasks
 from learning.soft_masks.priors import find_start
 from learning.token_file import TokenFile
@@ -88,7 +89,7 @@ class Study:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         begin, before = time.perf_counter(), _peak(self.device)
-        model, more = self._made(row)
+        model, masks, more = self._made(row)
         made = time.perf_counter() - begin
         weights = [weight_of(module).numel() for module in named_linears(self.model).values()]
         chosen = [weight_of(module).numel() for module in named_linears(self.model, row.include).values()]
@@ -98,15 +99,24 @@ class Study:
             **more, "overall": more["reached"] * sum(chosen) / sum(weights), "seconds": round(made, 1),
             "peak_gb": round((_peak(self.device) - before) / 1e9, 2),
         }  # fmt: skip
-        for what, ids in (("heldout", self.heldout), ("development", self.development)):
-            found[what] = round(perplexity(model, ids, self.context, progress=False).value, 4)
+        found |= self._perplexities(model)
+        del model
+        if masks:
+            refitted = copy.deepcopy(self.model)
+            refit(refitted, masks, self.windows, progress=False)
+            found |= {f"{text}_refitted": value for text, value in self._perplexities(refitted).items()}
         return found
 
-    def _made(self, row: Row) -> tuple[nn.Module, dict[str, Any]]:
+    def _perplexities(self, model: nn.Module) -> dict[str, float]:
+        texts = {"heldout": self.heldout, "development": self.development}
+        return {text: round(perplexity(model, ids, self.context, progress=False).value, 4) for text, ids in texts.items()}
+
+    def _made(self, row: Row) -> tuple[nn.Module, dict[str, HardMask], dict[str, Any]]:
+        """(model, its masks, none where it has no tiles, what else is to say)"""
         if row.kind == "dense":
-            return self.model, {"reached": 0.0}
+            return self.model, {}, {"reached": 0.0}
         if row.kind == "three of four":
-            return prune_three_of_four(self.model, self.windows), {"reached": row.sparsity}
+            return prune_three_of_four(self.model, self.windows), {}, {"reached": row.sparsity}
         model = copy.deepcopy(self.model)
         if row.kind == "one-shot":
             needs = row.pattern == "hybrid" and row.method != "magnitude"
@@ -116,10 +126,10 @@ class Study:
                 sparsity=None if row.pattern == "2:4" else row.sparsity, calibration=self.calibration if needs else None,
                 progress=False,
             )  # fmt: skip
-            return model, {"reached": result.sparsity}
+            return model, result.masks, {"reached": result.sparsity}
         return self._learned(row, model)
 
-    def _learned(self, row: Row, model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+    def _learned(self, row: Row, model: nn.Module) -> tuple[nn.Module, dict[str, HardMask], dict[str, Any]]:
         args = self.args
         config = learn_config(row, args.steps, args.batch, args.micro_batch, self.context)
         start = find_start(
@@ -136,7 +146,7 @@ class Study:
             sign = perplexity(model, self.heldout, self.context, progress=False).value
         used = by_sign if config.compat == "patch" else hardened  # PATCH's code hardens by sign and takes what comes
         masks.apply(used)
-        return model, {
+        return model, used.masks, {
             "reached": sparsity_of(m.tile_map for m in used.masks.values()),
             "reached_by_sign": sparsity_of(m.tile_map for m in by_sign.masks.values()),
             "moved_tiles": hardened.moved, "tiles": hardened.tiles, "start_development": round(first, 4),

@@ -34,7 +34,8 @@ def section(name: str, record: Record) -> Section:
     settings = record["settings"]
     rows = [
         (
-            row["name"], f"{row['heldout']:.2f}", f"{row['development']:.2f}", f"{row['overall']:.2%}",
+            row["name"], f"{row['heldout']:.2f}", f"{row['heldout_refitted']:.2f}" if "heldout_refitted" in row else None,
+            f"{row['development']:.2f}", f"{row['overall']:.2%}",
             f"{row['heldout_by_sign']:.2f} at {row['reached_by_sign']:.2%}" if "heldout_by_sign" in row else None,
             f"{row['seconds']:.0f}", row["peak_gb"] if row["peak_gb"] else None,
         )
@@ -52,7 +53,9 @@ def section(name: str, record: Record) -> Section:
         f"same text, ProxSparse from {PROXSPARSE_WINDOWS} windows of it; perplexity is of held-out text, and of a\n"
         f"development text that is closer to what is learned from. {where_rows_are_from(record)} {record.get('remark', '')}",
         *(figure(file, words) for file, words, svg in pictures if svg is not None),
-        markdown_table(["row", "held-out", "development", "sparsity", "by the sign rule", "seconds", "peak GB"], rows),
+        markdown_table(
+            ["row", "held-out", "refitted", "development", "sparsity", "by the sign rule", "seconds", "peak GB"], rows
+        ),
     ]
     return Section(
         f"Quality: every method on {record['model']}",

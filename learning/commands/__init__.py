@@ -1,5 +1,5 @@
 """The sub-commands of `python -m learning`, one file each: `add_parser(commands)` declares it, `run(args)` does it."""
 
-from . import evaluate, export, import_mask, learn, prune
+from . import evaluate, export, import_mask, learn, prune, refit
 
-COMMANDS = (prune, learn, evaluate, export, import_mask)
+COMMANDS = (prune, learn, refit, evaluate, export, import_mask)

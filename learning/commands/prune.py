@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import time
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ..budget import Budget
-from ..data import describe_source, token_windows
-from ..models import check_context, default_context, load_model
+from ..models import load_model
 from ..one_shot import METHODS
 from ..one_shot.proxsparse_training import ProxSparseTraining
 from ..prune import PATTERNS, prune
 from ..prune_checks import check_request, checked_linears
 from .budget_options import add_budget, budget_of
+from .calibration_options import add_calibration, calibration_record, calibration_windows, describe_calibration
 from .options import (
     DEFAULT_SPARSITY,
     DTYPES,
@@ -31,8 +30,6 @@ from .options import (
     positive,
 )
 from .pruned_output import PrunedOutput, check_places
-
-_CONTEXT = 2048
 
 
 def add_parser(commands: Any) -> None:
@@ -51,17 +48,7 @@ def add_parser(commands: Any) -> None:
     )
     add_budget(parser)
     add_layers(parser)
-    calibration = parser.add_argument_group("calibration (not used by magnitude)")
-    calibration.add_argument(
-        "--calibration",
-        metavar="SOURCE",
-        help="text file or directory, hub dataset id, or wikitext2; default: text shipped with the package",
-    )
-    calibration.add_argument("--samples", type=positive, default=128, help="windows, default 128; proxsparse wants 400")
-    calibration.add_argument(
-        "--context", type=positive, help=f"tokens in a window; default {_CONTEXT}, or the model's maximum if less"
-    )
-    calibration.add_argument("--seed", type=int, default=0, help="which windows of the text; default 0")
+    add_calibration(parser, "calibration (not used by magnitude)")
     training = parser.add_argument_group("training (proxsparse only)")
     training.add_argument("--lr", type=float, help="peak learning rate; default 0.005 × root mean square of the pruned weights")
     training.add_argument(
@@ -85,19 +72,10 @@ def run(args: argparse.Namespace) -> None:
     # an unstructured model is written with its zeros
     check_space(args.output, model, {"unstructured": 0.0, "2:4": 0.5}.get(args.pattern, args.sparsity))
     if METHODS[args.method].needs != "nothing":
-        args.context = args.context or default_context(model, _CONTEXT)
-        check_context(model, args.context)
-        windows = token_windows(loaded.tokenizer, args.calibration, args.context, args.samples, args.seed)
+        windows = calibration_windows(args, loaded)
     training = _training(args, model, windows)
     print(f"{loaded.name}{f' ({loaded.note})' if loaded.note else ''}, {str(model.dtype).removeprefix('torch.')}")
-    print(
-        "calibration: "
-        + (
-            f"{args.samples} windows of {args.context} tokens, {describe_source(args.calibration)}"
-            if windows is not None
-            else "none"
-        )
-    )
+    print(f"calibration: {describe_calibration(args, windows)}")
     if training is not None:
         print(f"training: {training.steps} steps, learning rate {training.lr:g}, penalty {training.penalty:.4g}")
     result = prune(
@@ -140,18 +118,12 @@ def _training(args: argparse.Namespace, model: nn.Module, windows: Tensor | None
 
 
 def _settings(args: argparse.Namespace, windows: Tensor | None, training: ProxSparseTraining | None) -> dict[str, Any]:
-    calibration = None
-    if windows is not None:
-        calibration = {
-            "source": describe_source(args.calibration), "samples": args.samples, "context": args.context, "seed": args.seed,
-            "tokens_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
-        }  # fmt: skip
     return {
         "per_layer": args.per_layer,
         "budgets": [list(rule) for rule in args.budget],
         "include": args.include,
         "exclude": args.exclude,
-        "calibration": calibration,
+        "calibration": calibration_record(args, windows),
         "training": dataclasses.asdict(training) if training is not None else None,
         "device": default_device(args.device).type,
     }
