@@ -103,7 +103,7 @@ def autotune(
     targets = targets_of(source) if isinstance(source, str | os.PathLike | nn.Module) else list(source)
     here = gpu_here()
     gpu = gpu or here or gpu_spec("h100")
-    problems = _distinct(targets)
+    problems = _distinct(targets, gpu)
     if here is None or gpu.key != here.key:
         return [_predicted(target, problem, gpu, t) for target, problem in problems for t in sizes]
     rows: list[Row] = []
@@ -136,7 +136,7 @@ def _sizes(tokens: Sequence[int]) -> list[int]:
     return sorted({1 << (t - 1).bit_length() for t in tokens})
 
 
-def _distinct(targets: Iterable[Target]) -> list[tuple[Target, Problem]]:
+def _distinct(targets: Iterable[Target], gpu: GpuSpec) -> list[tuple[Target, Problem]]:
     """Launches that one entry of the table serves become one; the one of the middle sparsity stands for them."""
     groups: dict[object, list[tuple[Target, Problem]]] = {}
     without: dict[str, str] = {}
@@ -146,7 +146,7 @@ def _distinct(targets: Iterable[Target]) -> list[tuple[Target, Problem]]:
             without[target.name] = reason
             continue
         problem = Problem(target.tile_map.shape, target.dtype, slab_map(target.tile_map))
-        groups.setdefault((tuning.key_of(problem, 1), target.tile_map.tile), []).append((target, problem))
+        groups.setdefault((tuning.key_of(problem, gpu, 1), target.tile_map.tile), []).append((target, problem))
     if without:
         name, reason = next(iter(without.items()))
         text = f"{len(without)} layers have only one kernel that runs them, the first is {name!r}: {reason}"
@@ -215,7 +215,7 @@ class _Bench:
                 raise RuntimeError(f"{self.target.name}, T={tokens}: the default schedule, {default}, does not run here")
             best = min((s for s in timings if s.why_illegal(problem, self.gpu) is None), key=lambda s: timings[s].us)
             noise = timings[best].noise(timings[default])
-            entries.append(Entry(tuning.key_of(problem, tokens), best, timings[best].us, timings[default].us, noise))
+            entries.append(Entry(tuning.key_of(problem, self.gpu, tokens), best, timings[best].us, timings[default].us, noise))
         if record is not None and self.target.scattered is not None:
             record += [self._record(tokens, schedule, timing) for schedule, timing in timings.items()]
         us, default_us, dense_us = timings[best].us, timings[default].us, timings[DENSE].us  # without a dense copy
@@ -319,7 +319,7 @@ def compile_candidates(targets: Iterable[Target], tokens: Sequence[int], gpu: Gp
         return
     kernels = [
         Specialisation(schedule, problem.slabs.rows, problem.dtype, False)
-        for _, problem in _distinct(targets)
+        for _, problem in _distinct(targets, here)
         for t in _sizes(tokens)
         for schedule in _candidates(problem, here, t)
         if isinstance(schedule, Fused) and problem.slabs is not None

@@ -280,7 +280,7 @@ def test_command_on_standard_layers(no_gpu, capsys):
 
 def test_predictions_follow_the_table(no_gpu):
     gpu = gpu_spec("h100")
-    update(tuning.user_path(gpu), gpu, [Entry(key_of(problem_of_o(), 4), Gemm(expand=True), 10, 12, 0.1)])
+    update(tuning.user_path(gpu), gpu, [Entry(key_of(problem_of_o(), gpu, 4), Gemm(expand=True), 10, 12, 0.1)])
     row = next(r for r in autotune.autotune(standard_targets("llama-2-7b", 0.45), [4], gpu=gpu) if r.target.name == "o")
     assert row.schedule == Gemm(expand=True)
 
