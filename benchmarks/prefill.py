@@ -40,7 +40,7 @@ from patch_compiler.provenance import provenance, write_results
 from patch_compiler.text_table import table
 
 from .case_arguments import add_case_arguments, check_case_arguments
-from .decode_bench import TOLERANCE, WHOLE, Bench, Calls, Library, normal, product, rows_or_none
+from .decode_bench import TOLERANCE, WHOLE, Bench, Calls, Library, WrongResult, normal, product, rows_or_none
 from .decode_cases import SQUARE, Case, cases
 from .decode_summary import geomean
 from .results_file import results_file
@@ -128,13 +128,21 @@ def measure_all(
                 if deadline is not None and time.monotonic() > deadline:
                     skipped.append(f"{case}, T = {tokens}: the budget was spent")
                     continue
-                if bench is None:
-                    bench = PrefillBench(shape, gpu, library)
-                if not loaded:
-                    bench.load(case)
-                    loaded = True
-                rows += bench.points(case, schedules, tokens, 3 if args.quick else 8, not args.quick)
-                _say(_line(rows[-1]))
+                try:
+                    if bench is None:
+                        bench = PrefillBench(shape, gpu, library)
+                    if not loaded:
+                        bench.load(case)
+                        loaded = True
+                    rows += bench.points(case, schedules, tokens, 3 if args.quick else 8, not args.quick)
+                except WrongResult:
+                    raise
+                except Exception as error:  # what does not run here must not cost the other rows
+                    what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+                    skipped.append(f"{case}, T = {tokens}: {what}")
+                    _say(skipped[-1])
+                else:
+                    _say(_line(rows[-1]))
         del bench  # its copies, before the next ones are made
     return rows, skipped
 

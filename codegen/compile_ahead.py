@@ -33,7 +33,9 @@ def compile_all(kernels: Iterable[Specialisation]) -> None:
     try:
         for w in range(workers):
             command = [sys.executable, "-m", __name__, json.dumps([torch.cuda.current_device(), wanted[w::workers]])]
-            children.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, text=True))
+            # Ctrl-C is for this process alone, which ends them: each would print a traceback
+            child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, text=True, start_new_session=True)
+            children.append(child)
         for child in children:
             child.wait(max(0.0, end - time.monotonic()))
     except subprocess.TimeoutExpired:

@@ -13,7 +13,7 @@ TORCH_LOGS="codegen.emit" prints where each module is, TORCH_LOGS="+codegen.emit
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import linecache
 import logging
 import re
 import sys
@@ -147,10 +147,21 @@ def kernel(specialisation: Specialisation, made_for: str = "") -> Any:
         with _lock:
             found = _loaded.get(specialisation)
             if found is None:
-                path = emit(specialisation, made_for)
-                found = getattr(_load(path), _FAMILIES[specialisation.schedule.family][1])
+                found = getattr(module(specialisation, made_for), _FAMILIES[specialisation.schedule.family][1])
                 _loaded[specialisation] = found
     return found
+
+
+def module(specialisation: Specialisation, made_for: str = "", directory: Path | None = None) -> ModuleType:
+    """Emitted and loaded. What runs is the text that was checked, whatever becomes of the file."""
+    path, text = _emitted(specialisation, made_for, directory)
+    loaded = ModuleType(f"patch_kernel_{path.stem}")
+    loaded.__file__ = str(path)
+    # Triton reads the source of a module's functions back; an entry without a time is not compared with the file
+    linecache.cache[str(path)] = len(text), None, text.splitlines(keepends=True), str(path)
+    sys.modules[loaded.__name__] = loaded
+    exec(compile(text, path, "exec", dont_inherit=True), loaded.__dict__)
+    return loaded
 
 
 def emit(specialisation: Specialisation, made_for: str = "", directory: Path | None = None) -> Path:
@@ -158,25 +169,32 @@ def emit(specialisation: Specialisation, made_for: str = "", directory: Path | N
 
     A copy that came with an image is used where it lies, also if nothing can be written beside it.
     """
+    return _emitted(specialisation, made_for, directory)[0]
+
+
+def _emitted(specialisation: Specialisation, made_for: str, directory: Path | None) -> tuple[Path, str]:
+    """The module's path, and its text as it was read or written."""
     body = source(specialisation)
     s = specialisation.schedule
     key = hashlib.sha256(f"{body}\n{_versions()}".encode()).hexdigest()[:16]
     stages = s.x_stages if isinstance(s, Prefill) else s.stages
     name = f"{s.family}_{specialisation.rows}r_{s.tokens}t_{stages}s_{key}.py"
     path = (directory or cache_directory() / "kernels") / name
-    sound = _is_sound(path, body)
-    if not sound and directory is None:
+    text = _sound(path, body)
+    if text is None and directory is None:
         path = writable_directory("kernels") / name
-        sound = _is_sound(path, body)
-    if not sound:
+        text = _sound(path, body)
+    if text is None:
         header = f"# Emitted from codegen/kernels/{_FAMILIES[s.family][0]}, {_versions()}. Rebuilt when it does not match.\n"
         header += f"# Schedule: {s}. First made for: {made_for or 'no layer in particular'}\n"
-        _write(path, header + body)
+        text = f"{header}{body}{_CHECKSUM}{hashlib.sha256(f'{header}{body}'.encode()).hexdigest()}\n"
+        with atomic_file(path) as partial:
+            partial.write_text(text, encoding="utf-8")
         log.info("emitted %s", path)
     else:
         log.info("reused %s", path)
     log.debug("%s", body)
-    return path
+    return path, text
 
 
 def source(specialisation: Specialisation) -> str:
@@ -208,27 +226,12 @@ def _versions() -> str:
     return f"patch-compiler {package}, Triton {version('triton')}"
 
 
-def _is_sound(path: Path, body: str) -> bool:
-    """Whether the file is undamaged and holds this module under whatever header."""
+def _sound(path: Path, body: str) -> str | None:
+    """The file's text if it is undamaged and holds this module under whatever header."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        return False
+        return None
     held, mark, checksum = text.rpartition(_CHECKSUM)
-    return bool(mark) and held.endswith(body) and checksum.strip() == hashlib.sha256(held.encode()).hexdigest()
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_file(path) as partial:
-        partial.write_text(f"{text}{_CHECKSUM}{hashlib.sha256(text.encode()).hexdigest()}\n", encoding="utf-8")
-
-
-def _load(path: Path) -> ModuleType:
-    name = f"patch_kernel_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # Triton reads the source of a kernel's module back
-    spec.loader.exec_module(module)
-    return module
+    whole = bool(mark) and held.endswith(body) and checksum.strip() == hashlib.sha256(held.encode()).hexdigest()
+    return text if whole else None

@@ -1,15 +1,16 @@
 """The table of measured choices: for which layers another schedule than the cost model's was measured to be faster.
 
-    {"format": 1, "gpu": "h100", "versions": {"patch-compiler": ..., "torch": ..., "triton": ...}, "entries": [
+    {"format": 2, "gpu": "h100", "versions": {"patch-compiler": ..., "torch": ...}, "entries": [
         {"shape": [M, K], "dtype": "bfloat16", "rows": 128, "dense_weight": false, "sparsity": 45, "tokens": 16,
-         "schedule": {"kind": "decode", ...}, "us": 11.2, "default_us": 12.0, "noise_us": 0.1}, ...]}
+         "triton": "3.9", "schedule": {"kind": "decode", ...}, "us": 11.2, "default_us": 12.0, "noise_us": 0.1}, ...]}
 
 There is one that is shipped, codegen/tuned/<gpu key>.json, and the user's own, tuned/<gpu key>.json in the cache directory
 (PATCH_CACHE_DIR, default ~/.cache/patch_compiler), which goes first. An entry is for all layers of its shape with about that
 sparsity, in percent to the nearest 5, and for all T up to `tokens` that have no smaller entry: 1, 2, 4, 8 ...
 
-An entry stands only where it was measured to beat the default by more than the noise. A table of another package version
-is not read: the kernels may have changed.
+An entry stands only where it was measured to beat the default by more than the noise. With another Triton the default is
+another one, so entries are for one Triton (major and minor version) and several share a file. A table of another package
+version is not read: the kernels may have changed.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from codegen.tensor_schedule import TensorPrefill
 from patch_compiler.atomic import atomic_file, locked
 from patch_compiler.cache import cache_directory
 
-FORMAT = 1
+FORMAT = 2
 PACKAGE = "patch-compiler"
 _LARGEST_FILE = 2**24  # bytes
 _LEAST_GAIN = 0.01
@@ -49,7 +50,8 @@ class TableError(ValueError):
 
 @dataclass(frozen=True)
 class Key:
-    """What a choice is made for. rows: of a panel, 0 without slabs. sparsity: percent. tokens: a power of two."""
+    """What a choice is made for. rows: of a panel, 0 without slabs. sparsity: percent. tokens: a power of two. triton: of
+    its version major and minor."""
 
     shape: tuple[int, int]
     dtype: str
@@ -57,6 +59,7 @@ class Key:
     dense_weight: bool
     sparsity: int
     tokens: int
+    triton: str
 
 
 @dataclass(frozen=True)
@@ -78,10 +81,11 @@ class Entry:
 Table = dict[Key, Entry]
 
 
-def key_of(problem: Problem, tokens: int) -> Key:
+def key_of(problem: Problem, gpu: GpuSpec, tokens: int) -> Key:
     rows = problem.slabs.rows if problem.slabs is not None else 0
-    sparsity = 5 * round(problem.sparsity * 20)
-    return Key(problem.shape, problem.dtype, rows, problem.dense_weight, sparsity, 1 << (max(tokens, 1) - 1).bit_length())
+    sparsity, bucket = 5 * round(problem.sparsity * 20), 1 << (max(tokens, 1) - 1).bit_length()
+    triton = ".".join(gpu.triton.split(".")[:2])
+    return Key(problem.shape, problem.dtype, rows, problem.dense_weight, sparsity, bucket, triton)
 
 
 # ---- picking
@@ -139,10 +143,10 @@ def _refusal(schedule: Schedule, problem: Problem, gpu: GpuSpec) -> tuple[Schedu
 
 def measured(problem: Problem, gpu: GpuSpec, tokens: int) -> Entry | None:
     """The table's entry that `pick` follows, if it follows one."""
-    entry = table(gpu).get(key_of(problem, tokens))
+    entry = table(gpu).get(key_of(problem, gpu, tokens))
     if entry is None or entry.schedule.why_illegal(problem, gpu) is not None:
         return None
-    # a table made with another Triton may hold kernels for slabs in another order than they lie here
+    # a table that somebody wrote by hand may hold kernels for slabs in another order than they lie here
     return None if isinstance(entry.schedule, Fused) and entry.schedule.order != gpu.order else entry
 
 
@@ -153,7 +157,7 @@ def intervals(problem: Problem, gpu: GpuSpec, upto: int = 16384) -> list[Interva
     for interval in envelope(problem, gpu, upto):
         first = max(interval.first, end + 1)
         while first <= interval.last:
-            end = key_of(problem, first).tokens
+            end = key_of(problem, gpu, first).tokens
             entry = measured(problem, gpu, first)
             if entry is not None:
                 end = min(end, upto)
@@ -259,7 +263,7 @@ def update(path: Path, gpu: GpuSpec, entries: Iterable[Entry]) -> int:
         document = {
             "format": FORMAT,
             "gpu": gpu.key,
-            "versions": {package: _version(package) for package in (PACKAGE, "torch", "triton")},
+            "versions": {package: _version(package) for package in (PACKAGE, "torch")},
             "entries": [_plain(entry) for entry in kept.values()],
         }
         with atomic_file(path) as unfinished:
@@ -278,9 +282,10 @@ def _entry(record: dict[str, Any]) -> Entry:
     numbers = (*shape, record["rows"], record["sparsity"], tokens)
     if len(shape) != 2 or any(type(n) is not int or n < 0 for n in numbers) or tokens < 1 or tokens & (tokens - 1):
         raise ValueError(f"entry for shape {shape!r:.40}, {tokens!r:.20} tokens")
-    if not isinstance(record["dtype"], str) or type(record["dense_weight"]) is not bool:
-        raise ValueError(f"entry of dtype {record['dtype']!r:.20}, dense_weight {record['dense_weight']!r:.20}")
-    key = Key((shape[0], shape[1]), record["dtype"], record["rows"], record["dense_weight"], record["sparsity"], tokens)
+    for name, kind in (("dtype", str), ("triton", str), ("dense_weight", bool)):
+        if type(record[name]) is not kind:
+            raise ValueError(f"entry of {name} {record[name]!r:.20}")
+    key = Key((shape[0], shape[1]), *(record[n] for n in ("dtype", "rows", "dense_weight", "sparsity", "tokens", "triton")))
     return Entry(key, read_schedule(record["schedule"]), *(float(record[n]) for n in ("us", "default_us", "noise_us")))
 
 

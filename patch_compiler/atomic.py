@@ -10,6 +10,7 @@ import errno
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -53,6 +54,21 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         _check_replaceable(target, path)  # the writer may have run for hours
         _replace_directory(partial, target)
         _flush(target.parent)
+
+
+def check_writable(out: Path) -> None:
+    """Raises ValueError if nothing can be made at this place. It is tried: permissions do not tell of every file system."""
+    parent = existing_parent(out)
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"output {out}: {parent} is not a directory one can write to ({error.strerror})") from None
+
+
+def existing_parent(out: Path) -> Path:
+    """The innermost directory above that is there."""
+    return next(p for p in out.absolute().parents if p.exists())
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from codegen.schedule import Fused, Gemm, Schedule, legal_schedules
 from codegen.slab_choice import why_untileable
 from codegen.tuning import Entry
 
-from .atomic import atomic_file
+from .atomic import atomic_file, check_writable
 from .text_table import table
 from .tuning_targets import STANDARD, Target, standard_targets, targets_of
 
@@ -51,7 +51,7 @@ class Row:
 
     All times in microseconds; measured says of all of them whether they were, or predicted. us: of schedule. default_us: of
     the cost model's choice. dense_us: of a dense GEMM. nbytes: of slabs, metadata and words. bound_us: nbytes over the
-    device's bandwidth.
+    device's bandwidth. tuned: predicted is not what the cost model would choose, but what a table says was faster.
     """
 
     target: Target
@@ -63,12 +63,13 @@ class Row:
     nbytes: int
     bound_us: float
     measured: bool
+    tuned: bool = False
 
     def cells(self) -> tuple[object, ...]:
         (m, k), name = self.target.tile_map.shape, self.target.name
         return (
             name if self.target.count == 1 else f"{name} x{self.target.count}", f"{m}x{k}",
-            f"{100 * self.target.tile_map.sparsity:.1f}%", self.tokens, str(self.schedule), f"{self.us:.2f}",
+            f"{100 * self.target.tile_map.sparsity:.1f}%", self.tokens, f"{self.schedule}{' *' * self.tuned}", f"{self.us:.2f}",
             f"{self.nbytes / self.us / 1e3:.0f}", f"{100 * self.bound_us / self.us:.0f}%",
             f"{2 * m * k * self.tokens / self.us / 1e6:.3g}",
             f"{self.dense_us / self.us:.2f}x", f"{self.default_us / self.us:.2f}x",
@@ -86,6 +87,7 @@ def autotune(
     gpu: GpuSpec | None = None,
     out: Path | None = None,
     budget: float | None = None,
+    rows: list[Row] | None = None,
     record: list[dict[str, Any]] | None = None,
     progress: bool = False,
 ) -> list[Row]:
@@ -93,40 +95,57 @@ def autotune(
 
     source: see `tuning_targets.targets_of`, or the launches themselves; those with equal shape, dtype, tile and sparsity (to
     5 %) are tuned once. tokens: rounded up to powers of two, as the table has them. gpu: default the one here, else an H100.
-    out: the table to write, default the user's; written after every launch. budget: seconds after which no new measurement
-    begins. record: takes every time measured on scattered tiles, for codegen.fit.
+    out: the table to write, default the user's; written after every measurement, so that an interrupt loses no other. budget:
+    seconds after which no new measurement begins. rows: takes what is returned as it is made. record: takes every time
+    measured on scattered tiles, for codegen.fit.
 
-    What the GPU has no memory for is passed over with a warning. Raises ValueError for bad input, OSError if the table cannot
-    be written.
+    What the GPU has no memory for is passed over with a warning. Raises ValueError for bad input, also if `out` is there and no
+    table of this GPU and release, or if the table cannot be written: before anything is measured.
     """
-    sizes = _sizes(tokens)
+    sizes, rows = _sizes(tokens), [] if rows is None else rows
     targets = targets_of(source) if isinstance(source, str | os.PathLike | nn.Module) else list(source)
-    here = gpu_here()
-    gpu = gpu or here or gpu_spec("h100")
-    problems = _distinct(targets)
-    if here is None or gpu.key != here.key:
-        return [_predicted(target, problem, gpu, t) for target, problem in problems for t in sizes]
-    rows: list[Row] = []
+    here, gpu = _measured_here(gpu), gpu or gpu_here() or gpu_spec("h100")
+    problems = _distinct(targets, gpu)
+    if here is None:
+        rows += [_predicted(target, problem, gpu, t) for target, problem in problems for t in sizes]
+        return rows
+    path = _table_to_write(out, here)
     deadline = time.monotonic() + budget if budget is not None else None
     with tqdm(total=len(problems) * len(sizes), disable=not progress, unit="launch") as bar:
         for target, problem in problems:
             bar.set_description(target.name)
-            entries: list[Entry] = []
             bench: _Bench | None = None
-            try:
-                for t in sizes:
-                    if deadline is not None and time.monotonic() > deadline:
-                        break
-                    try:
-                        bench = bench or _Bench(target, problem)
-                        rows.append(bench.tune(t, entries, record))
-                    except torch.OutOfMemoryError as error:
-                        _warn(target, t, error)
-                    bar.update()
-            finally:  # an interrupt loses the measurement that it interrupts, no other
-                if entries:
-                    tuning.update(out or tuning.user_path(gpu), gpu, entries)
+            for t in sizes:
+                if deadline is not None and time.monotonic() > deadline:
+                    break
+                try:
+                    bench = bench or _Bench(target, problem)
+                    row, entries = bench.tune(t, record)
+                except torch.OutOfMemoryError as error:
+                    _warn(target, t, error)
+                else:
+                    rows.append(row)
+                    tuning.update(path, here, entries)
+                bar.update()
     return rows
+
+
+def _measured_here(wanted: GpuSpec | None) -> GpuSpec | None:
+    """The GPU here, unless another one is wanted; None: nothing is to be measured."""
+    here = gpu_here()
+    return None if here is None or (wanted is not None and wanted.key != here.key) else here
+
+
+def _table_to_write(out: Path | None, gpu: GpuSpec) -> Path:
+    """Where the table goes. Raises what would otherwise be raised after the first measurement, or cost somebody a file."""
+    if out is not None:
+        try:
+            tuning.read(out, gpu)
+        except tuning.TableError as error:
+            raise ValueError(f"{error}; it is left as it is: remove it or name another file") from error
+    path = out or tuning.user_path(gpu)
+    check_writable(path)
+    return path
 
 
 def _sizes(tokens: Sequence[int]) -> list[int]:
@@ -136,7 +155,7 @@ def _sizes(tokens: Sequence[int]) -> list[int]:
     return sorted({1 << (t - 1).bit_length() for t in tokens})
 
 
-def _distinct(targets: Iterable[Target]) -> list[tuple[Target, Problem]]:
+def _distinct(targets: Iterable[Target], gpu: GpuSpec) -> list[tuple[Target, Problem]]:
     """Launches that one entry of the table serves become one; the one of the middle sparsity stands for them."""
     groups: dict[object, list[tuple[Target, Problem]]] = {}
     without: dict[str, str] = {}
@@ -146,7 +165,7 @@ def _distinct(targets: Iterable[Target]) -> list[tuple[Target, Problem]]:
             without[target.name] = reason
             continue
         problem = Problem(target.tile_map.shape, target.dtype, slab_map(target.tile_map))
-        groups.setdefault((tuning.key_of(problem, 1), target.tile_map.tile), []).append((target, problem))
+        groups.setdefault((tuning.key_of(problem, gpu, 1), target.tile_map.tile), []).append((target, problem))
     if without:
         name, reason = next(iter(without.items()))
         text = f"{len(without)} layers have only one kernel that runs them, the first is {name!r}: {reason}"
@@ -165,7 +184,8 @@ def _predicted(target: Target, problem: Problem, gpu: GpuSpec, tokens: int) -> R
     schedule = tuning.pick(problem, gpu, tokens)
     default = cost_model.choose(problem, gpu, tokens)
     us, default_us, dense_us = (1e6 * cost_model.predict(problem, s, gpu, tokens) for s in (schedule, default, DENSE))
-    return _row(target, problem, gpu, tokens, schedule, us, default_us, dense_us, measured=False)
+    row = _row(target, problem, gpu, tokens, schedule, us, default_us, dense_us, measured=False)
+    return replace(row, tuned=schedule != default)
 
 
 def _row(
@@ -205,9 +225,9 @@ class _Bench:
     def _random(self, rows: int, columns: int) -> Tensor:
         return torch.randn(rows, columns, device=self.device, dtype=torch.float32).mul_(columns**-0.5).to(self.dtype)
 
-    def tune(self, tokens: int, entries: list[Entry], record: list[dict[str, Any]] | None) -> Row:
-        """Measure; adds what the table may take to `entries`, with and without a dense copy of the weight."""
-        timings = self._measure(tokens)
+    def tune(self, tokens: int, record: list[dict[str, Any]] | None) -> tuple[Row, list[Entry]]:
+        """Measure. The entries are what the table may take, with and without a dense copy of the weight."""
+        timings, entries = self._measure(tokens), []
         for dense_weight in (True, False):
             problem = replace(self.problem, dense_weight=dense_weight)
             default = cost_model.choose(problem, self.gpu, tokens)
@@ -215,11 +235,11 @@ class _Bench:
                 raise RuntimeError(f"{self.target.name}, T={tokens}: the default schedule, {default}, does not run here")
             best = min((s for s in timings if s.why_illegal(problem, self.gpu) is None), key=lambda s: timings[s].us)
             noise = timings[best].noise(timings[default])
-            entries.append(Entry(tuning.key_of(problem, tokens), best, timings[best].us, timings[default].us, noise))
+            entries.append(Entry(tuning.key_of(problem, self.gpu, tokens), best, timings[best].us, timings[default].us, noise))
         if record is not None and self.target.scattered is not None:
             record += [self._record(tokens, schedule, timing) for schedule, timing in timings.items()]
         us, default_us, dense_us = timings[best].us, timings[default].us, timings[DENSE].us  # without a dense copy
-        return _row(self.target, self.problem, self.gpu, tokens, best, us, default_us, dense_us, measured=True)
+        return _row(self.target, self.problem, self.gpu, tokens, best, us, default_us, dense_us, measured=True), entries
 
     def _measure(self, tokens: int) -> dict[Schedule, Timing]:
         x, y = self._random(tokens, self.problem.shape[1]), self._random(tokens, self.problem.shape[0])
@@ -275,12 +295,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", metavar="NAME", help=f"the layers of a well-known model instead: {', '.join(STANDARD)}")
     parser.add_argument("--sparsity", type=float, help="of --layers, 0 to 0.5 (default 0.45)")
     parser.add_argument(
-        "--tokens", type=_numbers, default=TOKENS, metavar="T,T,...",
+        "--tokens", type=_numbers, default=",".join(map(str, TOKENS)), metavar="T,T,...",
         help="numbers of tokens, rounded up to powers of two (default %(default)s)",
     )  # fmt: skip
     parser.add_argument("--gpu", help="predict for this GPU, e.g. h100 (default: measure on the one here)")
     parser.add_argument("-o", "--out", type=Path, metavar="FILE", help="the table to write (default: in the cache directory)")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="begin no measurement after this time")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="begin no measurement after this time of measuring")
     parser.add_argument("--record", type=Path, metavar="FILE", help="write every time too, for codegen.fit; with --layers")
     args = parser.parse_args(argv)
     if (args.model is None) == (args.layers is None):
@@ -289,6 +309,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--sparsity and --record go with --layers: a model has its own tile maps")
     if args.budget is not None and not args.budget > 0:
         parser.error(f"--budget {args.budget:g}: must be more than 0 seconds")
+    if args.record is not None and args.record.is_dir():
+        parser.error(f"--record {args.record}: is a directory, a file is to be written there")
     return args
 
 
@@ -314,12 +336,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compile_candidates(targets: Iterable[Target], tokens: Sequence[int], gpu: GpuSpec | None = None) -> None:
     """Compile what will be measured, in parallel."""
-    here = gpu_here()
-    if here is None or (gpu is not None and gpu.key != here.key):
+    here = _measured_here(gpu)
+    if here is None:
         return
     kernels = [
         Specialisation(schedule, problem.slabs.rows, problem.dtype, False)
-        for _, problem in _distinct(targets)
+        for _, problem in _distinct(targets, here)
         for t in _sizes(tokens)
         for schedule in _candidates(problem, here, t)
         if isinstance(schedule, Fused) and problem.slabs is not None
@@ -331,23 +353,39 @@ def _run(args: argparse.Namespace) -> None:
     gpu = gpu_spec(args.gpu) if args.gpu is not None else None
     sparsity = 0.45 if args.sparsity is None else args.sparsity
     targets = targets_of(args.model) if args.layers is None else standard_targets(args.layers, sparsity)
-    record: list[dict[str, Any]] = []
-    compile_candidates(targets, args.tokens, gpu)
-    rows = autotune(
-        targets, args.tokens, gpu=gpu, out=args.out, budget=args.budget, record=record, progress=sys.stderr.isatty()
-    )
-    gpu = gpu or gpu_here() or gpu_spec("h100")
-    if rows and not rows[0].measured:
-        scaled = "" if gpu.measured else ", scaled from an H100 by data sheet rates"
-        print(f"Predictions of the cost model for {gpu.name}{scaled}; nothing was measured and no table is written.")
-    else:
-        print(f"Measured on {gpu.name}, weights not in L2.")
-    print(table([row.cells() for row in rows], COLUMNS))
-    if rows and rows[0].measured:
-        path = args.out or tuning.user_path(gpu)
-        print(f"{len(tuning.read(path, gpu))} entries in {path}: where another schedule than the default was faster.")
+    here = _measured_here(gpu)
+    if here is not None:  # compiling takes minutes
+        path = _table_to_write(args.out, here)
         if args.record is not None:
-            _write_record(args.record, gpu, record)
+            check_writable(args.record)
+        print("compiling kernels ...", file=sys.stderr, flush=True)
+    compile_candidates(targets, args.tokens, gpu)
+    rows: list[Row] = []
+    record: list[dict[str, Any]] = []
+    try:
+        autotune(
+            targets, args.tokens, gpu=gpu, out=args.out, budget=args.budget, rows=rows, record=record,
+            progress=sys.stderr.isatty(),
+        )  # fmt: skip
+    finally:  # of an interrupted run what there is
+        if here is not None and rows:
+            print(f"Measured on {here.name}, weights not in L2.")
+            print(table([row.cells() for row in rows], COLUMNS))
+            print(f"{len(tuning.read(path, here))} entries in {path}: where another schedule than the default was faster.")
+            if args.record is not None:
+                _write_record(args.record, here, record)
+    if here is None:
+        _report_predictions(rows, gpu or gpu_here() or gpu_spec("h100"))
+    elif not rows:
+        print("Nothing was measured.")
+
+
+def _report_predictions(rows: Sequence[Row], gpu: GpuSpec) -> None:
+    scaled = "" if gpu.measured else ", scaled from an H100 by data sheet rates"
+    print(f"Predictions of the cost model for {gpu.name}{scaled}; nothing was measured and no table is written.")
+    print(table([row.cells() for row in rows], COLUMNS))
+    if any(row.tuned for row in rows):
+        print("* by a tuned table: measured to be faster than what the cost model would choose, whatever it predicts")
 
 
 def _write_record(path: Path, gpu: GpuSpec, record: list[dict[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -166,6 +167,53 @@ def test_a_schedule_without_memory_is_passed_over(where, monkeypatch):
         autotune._Bench._measure(bench, 16)
 
 
+def test_an_interrupted_command_keeps_what_it_measured(with_gpu, monkeypatch, capsys, tmp_path):
+    out, record = tmp_path / "mine.json", tmp_path / "record.json"
+
+    class Interrupted(FakeBench):
+        def _measure(self, tokens):
+            if self.target.name == "o" and tokens == 16:
+                assert pick(problem_of_o(), H100, 4) == OTHER, "who is killed loses this measurement, no other"
+                raise KeyboardInterrupt
+            return super()._measure(tokens)
+
+    monkeypatch.setattr(autotune, "_Bench", Interrupted)
+    monkeypatch.setattr(tuning, "user_path", lambda gpu: out)
+    arguments = ["--layers", "llama-2-7b", "--tokens", "1,4,16,64", "-o", str(out), "--record", str(record)]
+    assert autotune.main(arguments) == 130
+    captured = capsys.readouterr()
+    assert "interrupted; what was measured so far is in the table" in captured.err
+    shown = [line.split() for line in captured.out.splitlines()]
+    assert [words[4] for words in shown if words[0] in ("q+k+v", "o")] == ["1", "4", "16", "64", "1", "4"]
+    assert f"{len(read(out, H100))} entries in {out}" in captured.out
+    assert len({(m.problem.shape, m.tokens) for m in read_measurements(record)}) == 6
+
+
+@pytest.mark.parametrize("contents", ["{}", '{"format": 2, "gpu": "a100", "versions": {}, "entries": []}', "# notes"])
+def test_a_file_that_is_no_table_of_this_gpu_is_left_as_it_is(with_gpu, contents, capsys, tmp_path):
+    (out := tmp_path / "config.json").write_text(contents)
+    assert autotune.main(["--layers", "llama-2-7b", "--tokens", "1", "-o", str(out)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {out}: ")
+    assert err.endswith("it is left as it is: remove it or name another file\n")
+    assert out.read_text() == contents
+    assert not FakeBench.made
+
+
+@pytest.mark.parametrize("option", ["-o", "--record"])
+@pytest.mark.parametrize("place", ["", "file/x.json"])
+def test_what_cannot_be_written_is_said_before_anything_is_measured(with_gpu, option, place, capsys, tmp_path):
+    (tmp_path / "file").touch()
+    with suppress(SystemExit):
+        assert autotune.main(["--layers", "llama-2-7b", "--tokens", "1", option, str(tmp_path / place)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert str(tmp_path / place) in err
+    assert err.count("\n") == 1
+    assert not FakeBench.made
+    assert not FakeBench.compiled
+
+
 def test_a_spent_budget_begins_nothing_more(with_gpu):
     assert autotune.autotune(standard_targets("llama-2-7b", 0.45), [1], budget=-1) == []
     assert not tuning.user_path(H100).exists()
@@ -278,11 +326,16 @@ def test_command_on_standard_layers(no_gpu, capsys):
     assert "25.0%" in out
 
 
-def test_predictions_follow_the_table(no_gpu):
+def test_predictions_follow_the_table(no_gpu, capsys):
     gpu = gpu_spec("h100")
-    update(tuning.user_path(gpu), gpu, [Entry(key_of(problem_of_o(), 4), Gemm(expand=True), 10, 12, 0.1)])
+    update(tuning.user_path(gpu), gpu, [Entry(key_of(problem_of_o(), gpu, 4), Gemm(expand=True), 10, 12, 0.1)])
     row = next(r for r in autotune.autotune(standard_targets("llama-2-7b", 0.45), [4], gpu=gpu) if r.target.name == "o")
     assert row.schedule == Gemm(expand=True)
+    assert autotune.main(["--layers", "llama-2-7b", "--tokens", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "expand, dense GEMM *" in next(line for line in out.splitlines() if line.startswith("o "))
+    assert out.count("*") == 2
+    assert out.splitlines()[-1].startswith("* by a tuned table")
 
 
 @pytest.mark.parametrize(

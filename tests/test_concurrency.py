@@ -202,7 +202,7 @@ def test_processes_share_one_cache_directory(tmp_path: Path) -> None:
     assert len(kernels) == 2
     for path in kernels:
         text = path.read_text().partition("\n")[2].partition("\n")[2]  # without the header
-        assert emit._is_sound(path, text.rpartition(emit._CHECKSUM)[0])
+        assert emit._sound(path, text.rpartition(emit._CHECKSUM)[0])
     h100 = gpu_spec("h100", "3.9.0")
     (table,) = (tmp_path / "ours" / "tuned").iterdir()
     assert len(tuning.read(table, h100)) == 5 * count

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import inspect
 import logging
 import multiprocessing
 import os
+import py_compile
 import warnings
 from pathlib import Path
 
@@ -32,7 +34,7 @@ def files(directory: Path) -> list[Path]:
 
 @BOTH
 def test_the_modules_constants_are_the_schedules(what: Specialisation, tmp_path: Path) -> None:
-    module = emit._load(emit.emit(what, directory=tmp_path))
+    module = emit.module(what, directory=tmp_path)
     schedule = what.schedule
     assert str(module.DTYPE.value) == {"bfloat16": "bf16", "float16": "fp16"}[what.dtype]
     assert (module.ROWS.value, module.TOKENS.value, module.STAGES.value) == (what.rows, schedule.tokens, schedule.stages)
@@ -50,7 +52,7 @@ def test_the_modules_constants_are_the_schedules(what: Specialisation, tmp_path:
 
 
 def test_the_prefill_modules_constants_are_the_schedules(tmp_path: Path) -> None:
-    module = emit._load(emit.emit(PREFILL, directory=tmp_path))
+    module = emit.module(PREFILL, directory=tmp_path)
     names = ("ROWS", "PANELS", "TOKENS", "TOKEN_CTAS", "PANEL_CTAS", "X_STAGES", "W_STAGES", "SPLIT", "EARLY_START")
     assert [getattr(module, name).value for name in names] == [128, 2, 128, 2, 1, 5, 3, False, True]
     assert module.OUT_TOKENS.value == 32
@@ -72,7 +74,7 @@ def test_the_prefill_modules_constants_are_the_schedules(tmp_path: Path) -> None
 
 
 def test_the_tensor_modules_constants_are_the_schedules(tmp_path: Path) -> None:
-    module = emit._load(emit.emit(TENSOR, directory=tmp_path))
+    module = emit.module(TENSOR, directory=tmp_path)
     names = ("ROWS", "TOKENS", "WARPS", "STAGES", "HAS_BIAS")
     assert [getattr(module, name).value for name in names] == [128, 128, 8, 5, True]
     assert TENSOR.warps == 8
@@ -175,6 +177,29 @@ def test_what_is_not_sound_is_written_again(how: str, tmp_path: Path) -> None:
     assert path.read_bytes() == good
 
 
+@pytest.mark.parametrize("how", ["bytecode", "gone", "changed"])
+def test_what_was_checked_is_what_runs(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever happens to the cache after that: all of it may be deleted at any time."""
+    emitted = emit._emitted
+
+    def then_damaged(*arguments) -> tuple[Path, str]:
+        path, text = emitted(*arguments)
+        if how == "bytecode":
+            compiled = Path(py_compile.compile(str(path)))
+            compiled.write_bytes(compiled.read_bytes()[:3000])
+        elif how == "gone":
+            path.unlink()
+        else:
+            path.write_text("STAGES = 7\n")
+        return path, text
+
+    monkeypatch.setattr(emit, "_emitted", then_damaged)
+    module = emit.module(HOPPER, directory=tmp_path)
+    assert module.STAGES.value == 6
+    assert "def hopper_decode(" in inspect.getsource(module.hopper_decode.fn)
+    assert module.__file__ == module.hopper_decode.fn.__code__.co_filename == str(emitted(HOPPER, "", tmp_path)[0])
+
+
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_) -> None:
         assert not list(tmp_path.glob("*.py")), "another process would load a half-written module"
@@ -198,8 +223,7 @@ def test_processes_share_the_directory(tmp_path: Path) -> None:
         paths = {p.get(120) for p in [pool.apply_async(_emit_in_process, (str(tmp_path), barrier)) for _ in range(2)]}
     (path,) = paths
     assert files(tmp_path) == [Path(path)]
-    assert emit._is_sound(Path(path), emit.source(STREAM))
-    emit._load(Path(path))
+    assert emit._sound(Path(path), emit.source(STREAM))
 
 
 def test_another_version_or_family_gives_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,7 @@ for case in sys.argv[2:]:
     schedule = Decode(family, tokens, int(stages), int(ctas_per_sm), early == "True", halves == "True")
     assert schedule.can_gate or gated == "False"
     what = emit.Specialisation(schedule, rows, {"bf16": "bfloat16", "fp16": "float16"}[dtype], True, gated == "True")
-    module = emit._load(emit.emit(what, directory=directory))
+    module = emit.module(what, directory=directory)
     pointers = {"y_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}", "partials_ptr": "*fp32"}
     pointers |= {"counters_ptr": "*i32", "plan_ptr": "*i32"}
     sizes = dict.fromkeys(("plan_stride", "stages_offset", "parts", "panels", "tokens", "out_features"), "i32")

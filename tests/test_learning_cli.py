@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -307,7 +308,7 @@ def test_what_the_disk_says_is_one_line(base, tmp_path, capsys, monkeypatch):
     assert main(prune) == 2
     assert capsys.readouterr().err.endswith("No space left on device (os error 28)\n")
     assert files(tmp_path) == set()
-    monkeypatch.setattr(options.tempfile, "TemporaryFile", full_of_files)
+    monkeypatch.setattr(tempfile, "TemporaryFile", full_of_files)
     assert "not a directory one can write to (No space left" in refused(capsys, tmp_path, *prune)
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from benchmarks import decode_bench, prefill
 from benchmarks.decode_cases import SQUARE, cases
+from benchmarks.results_page.prefill import section
 from codegen import runtime
 from codegen.gpu import gpu_spec
 from codegen.prefill_schedule import Prefill
@@ -106,6 +108,25 @@ def test_a_wrong_kernel_leaves_no_file(pretended, monkeypatch, capsys) -> None:
     monkeypatch.setattr(Fake, "wrong", 0.02)
     assert prefill.main(["--quick", "--tokens", "64", "--output", str(pretended)]) == 1
     assert not pretended.exists()
+
+
+def test_a_point_that_fails_costs_no_other(pretended, monkeypatch) -> None:
+    points = prefill.PrefillBench.points
+
+    def without(bench, case, schedules, tokens, *rest):
+        if tokens == 128 and case.sparsity == 45:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nDeliberate.")
+        return points(bench, case, schedules, tokens, *rest)
+
+    monkeypatch.setattr(prefill.PrefillBench, "points", without)
+    assert prefill.main(["--quick", "--tokens", "128", "64", "--output", str(pretended)]) == 0
+    record = json.loads(pretended.read_text())
+    layers = len(SMALL["llama-2-7b"][1])
+    assert [r["tokens"] for r in record["rows"]].count(64) == 3 * layers
+    assert [(r["tokens"], r["sparsity"]) for r in record["rows"]].count((128, 45)) == 0
+    assert len(record["rows"]) == 5 * layers
+    assert {text.partition(": ")[2] for text in record["not_measured"]} == {"OutOfMemoryError: CUDA out of memory. Deliberate."}
+    assert f"Not measured: {len(record['not_measured'])} of the cases" in section("prefill", record).text
 
 
 def test_a_spent_budget_is_said(pretended, capsys) -> None:

@@ -25,7 +25,7 @@ for case in sys.argv[2:]:
     numbers = (int(n) for n in (tokens, panels, x_stages, w_stages))
     s = Prefill(*numbers, cluster, early == "early", turn, split="split" in rest)
     what = emit.Specialisation(s, rows, {"bf16": "bfloat16", "fp16": "float16"}[dtype], True)
-    module = emit._load(emit.emit(what, directory=directory))
+    module = emit.module(what, directory=directory)
 
     def describe(kind, block, swizzle, split):
         layout = gl.NVMMASharedLayout(swizzle, 32 if kind == "i32" else 16, 2, cga_layout=split)

@@ -20,7 +20,7 @@ for case in sys.argv[2:]:
     capability, dtype, rows, tokens, warps, stages, ctas_per_sm, features = case.split(":")
     s = TensorPrefill(int(tokens), int(warps), int(stages), int(ctas_per_sm))
     what = emit.Specialisation(s, int(rows), {"bf16": "bfloat16", "fp16": "float16"}[dtype], True)
-    module = emit._load(emit.emit(what, directory=directory))
+    module = emit.module(what, directory=directory)
     signature = {"x_ptr": f"*{dtype}", "values_ptr": "*i32", "metadata_ptr": "*i32", "y_ptr": f"*{dtype}"}
     signature |= {"bias_ptr": f"*{dtype}", "partials_ptr": "*fp32", "counters_ptr": "*i32", "plan_ptr": "*i32"}
     names = ("plan_stride", "units_offset", "parts", "panels", "pieces", "together", "tokens", "out_features", "in_features")

@@ -23,6 +23,7 @@ from codegen.tensor_schedule import TensorPrefill
 from codegen.tuning import Entry, TableError, intervals, key_of, pick, read, update
 
 H100 = gpu_spec("h100", "3.9.0")
+OLDER = gpu_spec("h100", "3.6.0")  # whose Triton has no hopper family
 OTHER = Decode("hopper", 8, 7, early_start=True)
 pytestmark = pytest.mark.usefixtures("own_tables")
 
@@ -31,8 +32,8 @@ def problem_of(shape=(4096, 4096), sparse=0.9, dense_weight=False) -> Problem:
     return Problem(shape, "bfloat16", slab_map(scattered(shape, sparse)), dense_weight)
 
 
-def entry_of(problem: Problem, tokens: int = 1, schedule=OTHER, us=10.0, default_us=12.0, noise_us=0.1) -> Entry:
-    return Entry(key_of(problem, tokens), schedule, us, default_us, noise_us)
+def entry_of(problem: Problem, tokens: int = 1, schedule=OTHER, us=10.0, default_us=12.0, noise_us=0.1, gpu=H100) -> Entry:
+    return Entry(key_of(problem, gpu, tokens), schedule, us, default_us, noise_us)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,7 @@ def test_a_table_comes_back_as_it_was_written(tmp_path, schedule):
     path, entry = tmp_path / "deep" / "t.json", entry_of(problem_of(), 16, schedule)
     assert update(path, H100, [entry]) == 1
     assert read(path, H100) == {entry.key: entry}
-    assert json.loads(path.read_text())["versions"].keys() == {"patch-compiler", "torch", "triton"}
+    assert json.loads(path.read_text())["versions"].keys() == {"patch-compiler", "torch"}
     assert not [p for p in path.parent.iterdir() if p != path]
 
 
@@ -87,22 +88,45 @@ def test_an_entry_is_for_its_buckets_only():
 
 def test_an_entry_that_is_not_legal_here_is_passed_over():
     problem = problem_of()
-    old = gpu_spec("h100", "3.6.0")  # whose Triton has no hopper family
     greedy = Decode("hopper", 64, 10, 2)
-    update(tuning.user_path(H100), H100, [entry_of(problem, 1), entry_of(problem, 64, greedy)])
-    assert pick(problem, old, 1) == choose(problem, old, 1)
+    update(tuning.user_path(H100), H100, [entry_of(problem, 1, gpu=OLDER), entry_of(problem, 64, greedy)])
+    assert pick(problem, OLDER, 1) == choose(problem, OLDER, 1)
     assert pick(problem, H100, 64) == choose(problem, H100, 64)
     assert tuning.measured(problem, H100, 64) is None
 
 
 @pytest.mark.parametrize("schedule", [TensorPrefill(128, 8, 3), Decode("stream", 64, 4)])
 def test_an_entry_for_slabs_in_another_order_is_passed_over(schedule):
-    """Both Tritons share a table of the GPU, not the order of the slabs."""
-    problem, older = problem_of(), gpu_spec("h100", "3.6.0")
-    update(tuning.user_path(H100), H100, [entry_of(problem, 128, schedule)])
-    assert pick(problem, older, 128) == schedule
+    problem = problem_of()
+    update(tuning.user_path(H100), H100, [entry_of(problem, 128, schedule, gpu=gpu) for gpu in (H100, OLDER)])
+    assert pick(problem, OLDER, 128) == schedule
     assert pick(problem, H100, 128) == choose(problem, H100, 128)
     assert tuning.measured(problem, H100, 128) is None
+
+
+def test_what_was_measured_with_another_triton_is_kept_for_it_and_used_by_it_alone():
+    """A dense GEMM that beat an older Triton's kernels would be legal with any, and slower than the newer ones."""
+    problem, path, expand = problem_of(), tuning.user_path(H100), Gemm(expand=True)
+    update(path, OLDER, [entry_of(problem, 16, expand, gpu=OLDER)])
+    assert [pick(problem, gpu, 16) for gpu in (OLDER, H100)] == [expand, choose(problem, H100, 16)]
+    update(path, H100, [entry_of(problem, 16)])
+    assert len(read(path, H100)) == 2
+    patched = gpu_spec("h100", "3.9.1+git1234")
+    assert pick(problem, OLDER, 16) == expand
+    assert pick(problem, H100, 16) == pick(problem, patched, 16) == OTHER
+
+
+def test_the_shipped_table_can_be_used(monkeypatch):
+    """It is of this release, and each of its entries is what is picked where it was measured."""
+    monkeypatch.undo()
+    tuning.reload()
+    entries = read(tuning.shipped_path(H100), H100)
+    assert entries
+    for key, entry in entries.items():
+        problem = replace(problem_of(key.shape, key.sparsity / 50), dtype=key.dtype, dense_weight=key.dense_weight)
+        assert key_of(problem, H100, key.tokens) == key
+        assert entry.schedule.why_illegal(problem, H100) is None
+        assert entry.schedule.order == H100.order
 
 
 def test_the_users_table_goes_before_the_shipped_one(tmp_path, monkeypatch):
@@ -133,7 +157,7 @@ DAMAGE = {
     "no json": (lambda p: p.write_bytes(b"\xff\x00"), "damaged"),
     "a list": (lambda p: p.write_text("[]"), "damaged"),
     "deep": (lambda p: p.write_text("[" * 100_000), "damaged"),
-    "format": (lambda p: _change(p, format=2), "format 2"),
+    "format": (lambda p: _change(p, format=1), "format 1"),
     "version": (lambda p: _change(p, versions={"patch-compiler": "9.9"}), "patch-compiler '9.9'"),
     "gpu": (lambda p: _change(p, gpu="a100"), "measured on 'a100'"),
     "entry": (lambda p: _change(p, entries=[{}]), "damaged"),
@@ -162,6 +186,7 @@ def test_a_table_that_cannot_be_used_gives_one_warning(kind):
 @pytest.mark.parametrize(
     ("field", "value"),
     [("shape", [1]), ("tokens", 3), ("tokens", True), ("rows", -1), ("dtype", 5), ("dense_weight", 1), ("us", None),
+     ("triton", 3.9),
      ("schedule", {"kind": "decode"}), ("schedule", {"kind": "rm"}), ("schedule", {"kind": "gemm", "expand": 1}),
      ("schedule", {"kind": "decode", "family": "x", "tokens": 8, "stages": 4})],
 )  # fmt: skip

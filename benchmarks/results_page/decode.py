@@ -7,7 +7,7 @@ from typing import Any
 
 from ..decode_plot import roofline, speedups
 from ..decode_summary import DENSE_TARGET, MODELS, losses
-from .section import Record, Section, figure, markdown_table, where_from
+from .section import Record, Section, figure, markdown_table, not_measured, where_from
 
 SHOWN_TOKENS = (1, 4, 16, 32, 64)
 WORST = 20  # rows of a table of losses
@@ -17,8 +17,7 @@ Row = Mapping[str, Any]
 def section(name: str, record: Record) -> Section:
     rows, summary = record["rows"], record["summary"]
     said = [*_extremes(summary), _with_dense(summary), _cusparselt(record), _losses(rows), _misses(summary)]
-    if record["not_measured"]:
-        said.append(f"Not measured: {len(record['not_measured'])} of the cases asked for; the results file names them.")
+    said += not_measured(record)
     if summary:
         said.append(
             f"Reading device memory and nothing else reaches {record['ceilings']['read_gb_s']:.0f} GB/s; at that rate the "

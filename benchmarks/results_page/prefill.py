@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ..charts import Axes, Field, Series, line_chart
 from ..origin import origin
 from ..svg import SERIES
-from .section import Record, Section, figure, markdown_table, where_from
+from .section import Record, Section, figure, markdown_table, not_measured, where_from
 
 STEP = 0.2  # of the chart's grid
 
@@ -25,6 +25,7 @@ def section(name: str, record: Record) -> Section:
         markdown_table(["sparsity, map", *(f"T = {t}" for t in _tokens(summary))], _rows(summary)),
         figure(picture, "speedup over cuBLAS by number of tokens and sparsity"),
         f"Targets for these means: {len(asked)}; missed are {missed}.",
+        *not_measured(record),
     ]
     if any("picked" in e for e in summary):  # earlier versions of the kernels were timed before dispatch knew them
         table = markdown_table(["as dispatch picks", *(f"T = {t}" for t in _tokens(summary))], _rows(summary, "picked"))

@@ -43,6 +43,12 @@ def where_from(record: Record) -> str:
     return f"`{command}` on {rest}."
 
 
+def not_measured(record: Record) -> list[str]:
+    """One line, if anything that was asked for is missing."""
+    missing = len(record.get("not_measured", ()))
+    return [f"Not measured: {missing} of the cases asked for; the results file names them."] if missing else []
+
+
 def where_rows_are_from(record: Record) -> str:
     """Of a file that several runs filled: how many rows each made."""
     counted = Counter((row["device"], row["commit"]) for row in record["rows"])

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from patch_compiler.atomic import atomic_file
+from patch_compiler.atomic import atomic_file, check_writable
 from patch_compiler.linears import apply_masks
 
 from ..data import describe_source, token_stream
@@ -23,7 +23,6 @@ from .options import (
     MODEL_HELP,
     add_dtype_and_device,
     add_quiet,
-    check_writable,
     default_device,
     positive,
     read_masks,

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from patch_compiler.artifact import save_masks
-from patch_compiler.atomic import atomic_file
+from patch_compiler.atomic import atomic_file, check_writable
 from patch_compiler.hard_mask import HardMask
 from patch_compiler.hf import MASK_FILE, is_compressed
 from patch_compiler.importers import import_dense_zeros, import_maskllm_npz, import_patch_npz
@@ -20,7 +20,7 @@ from patch_compiler.tile_map import DEFAULT_TILE, sparsity_of
 
 from ..models import load_model, load_skeleton
 from ..prune_checks import shape_of
-from .options import MODEL_HELP, check_writable, tile
+from .options import MODEL_HELP, tile
 
 
 def add_parser(commands: Any) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patch_compiler.atomic import atomic_file
+from patch_compiler.atomic import atomic_file, check_writable
 from patch_compiler.hard_mask import HardMask
 from patch_compiler.tile_map import TileKind
 
@@ -37,7 +37,7 @@ from ..training.next_token_loss import mean_loss
 from ..training.state import first_difference
 from ..training.stop_request import Stopped
 from .learn_options import add_options, config_of
-from .options import DTYPES, check_space, check_writable, read_masks
+from .options import DTYPES, check_space, read_masks
 from .pruned_output import PrunedOutput, check_places
 
 EXIT_STOPPED = 75  # "try again": the run is saved and can be resumed

@@ -6,7 +6,6 @@ import argparse
 import platform
 import re
 import shutil
-import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from patch_compiler.artifact import load_masks
+from patch_compiler.atomic import check_writable, existing_parent
 from patch_compiler.hard_mask import HardMask
 from patch_compiler.text_table import human_bytes
 from patch_compiler.tile_map import DEFAULT_TILE, normalize_tile
@@ -89,26 +89,12 @@ def check_new_directory(out: Path, ours: str | None = None, overwrite: bool = Fa
     check_writable(out)
 
 
-def check_writable(out: Path) -> None:
-    """Raises ValueError if nothing can be made at this place. It is tried: permissions do not tell of every file system."""
-    parent = _existing_parent(out)
-    try:
-        with tempfile.TemporaryFile(dir=parent):
-            pass
-    except OSError as error:
-        raise ValueError(f"output {out}: {parent} is not a directory one can write to ({error.strerror})") from None
-
-
 def check_space(out: Path, model: nn.Module, sparsity: float) -> None:
     """Raises ValueError if the disk has no room for the model without its zeros, which packed is a little larger."""
     needed = int(sum(p.nbytes for p in model.parameters()) * (1 - sparsity))
-    free = shutil.disk_usage(_existing_parent(out)).free
+    free = shutil.disk_usage(existing_parent(out)).free
     if free < needed:
         raise ValueError(f"output {out}: its disk has {human_bytes(free)} free, the model needs {human_bytes(needed)} at least")
-
-
-def _existing_parent(out: Path) -> Path:
-    return next(p for p in out.absolute().parents if p.exists())
 
 
 def read_masks(path: Path) -> dict[str, HardMask]:
