@@ -196,11 +196,15 @@ def test_options_replace_published_values():
         return config_of(parser.parse_args(["m", "-o", "o", *options]))
 
     assert config("--mode", "joint", "--sparsity", "0.45") == LearnConfig.published("joint", Budget(0.45))
+    by_patch = config("--mode", "maskllm", "--compat", "patch")  # of PATCH's own runs of MaskLLM, not MaskLLM's
+    assert (by_patch.lr, by_patch.warmup, by_patch.final_lr, by_patch.eps, by_patch.init_std) == (1e-4, 5, 0.0, 1e-8, 0.014)
+    assert (by_patch.weight_decay, by_patch.training_budget) == (0.1, "penalty")
+    assert config("--mode", "joint", "--compat", "patch", "--density-penalty", "4").density_penalty == 4
     assert config("--mode", "maskllm") == LearnConfig.published("maskllm", Budget(0.5))
-    found = config("--mode", "tile", "--steps", "3", "--tile-scale", "5:70", "--pattern-temperature", "2", "--final-lr", "0.1")
+    found = config("--mode", "joint", "--steps", "3", "--tile-scale", "5:70", "--pattern-temperature", "2", "--final-lr", "0.1")
     assert (found.steps, found.warmup, found.final_lr) == (3, 3, 0.1)
     assert found.tiles.scale == Ramp(5, 70)
-    assert found.tiles.temperature == LearnConfig.published("tile", Budget(0.35)).tiles.temperature
+    assert found.tiles.temperature == LearnConfig.published("joint", Budget(0.35)).tiles.temperature
     assert found.patterns.temperature == Ramp(2, 2)
     rules = config("--mode", "tile", "--budget", "a=b=0.5", "--budget", "mlp=0.1", "--tile", "64x32", "--per-layer")
     assert rules.budget == Budget(0.35, True, (("a=b", 0.5), ("mlp", 0.1)))
@@ -228,6 +232,11 @@ def test_options_replace_published_values():
         (["--pattern-method", "none"], "needs 2:4 patterns"),
         (["--tile-prior", "mask"], "no masks to start from"),
         (["--mode", "maskllm", "--per-layer"], "a budget by layer or by rule: maskllm learns 2:4"),
+        (["--mode", "maskllm", "--settle", "0.3"], "--settle has no use in mode maskllm, which learns no tiles"),
+        (["--mode", "maskllm", "--tile-scale", "3:4"], "--tile-scale has no use in mode maskllm"),
+        (["--mode", "tile", "--precision", "compact"], "--precision has no use in mode tile, which learns no patterns"),
+        (["--density-penalty", "4"], "--density-penalty has no use without --training-budget penalty"),
+        (["--dtype", "float16"], "too coarse for a token's gradient"),
         (["--samples", "1000000"], "is too short"),
         (["--tensorboard"], "pip install tensorboard"),
     ],

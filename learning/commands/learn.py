@@ -32,7 +32,7 @@ from ..soft_masks.priors import check_start, find_start, lacks_patterns
 from ..soft_masks.start_file import is_saved, load_start, save_start
 from ..token_file import TokenFile, tokenise
 from ..training.distributed import Ranks, processes
-from ..training.loop import TrainResult, check_run, train
+from ..training.loop import TrainResult, check_precision, check_run, train
 from ..training.next_token_loss import mean_loss
 from ..training.state import first_difference
 from ..training.stop_request import Stopped
@@ -98,6 +98,7 @@ class _Command:
         args, ranks = self.args, self.ranks
         check_run(self.config, ranks, args.tensorboard, args.wandb is not None)
         loaded = self.load()
+        check_precision(loaded.model)
         if args.context is None:  # the published one may be too long
             self.config = replace(self.config, context=default_context(loaded.model, self.config.context))
         config = self.config

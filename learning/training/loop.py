@@ -120,6 +120,13 @@ def check_run(config: LearnConfig, ranks: Ranks, tensorboard: bool = False, wand
     check_loggers(tensorboard, wandb)
 
 
+def check_precision(model: nn.Module) -> None:
+    """Raises ValueError for a model in which a token's gradient is zero."""
+    half = next((name for name, parameter in model.named_parameters() if parameter.dtype == torch.float16), None)
+    if half is not None:
+        raise ValueError(f"{half} is float16, too coarse for a token's gradient: load the model in bfloat16 or float32")
+
+
 class _Loop:
     def __init__(
         self,
@@ -136,11 +143,7 @@ class _Loop:
         self.directory, self.validation, self.ranks = run, validation, ranks
         check_run(config, self.ranks)
         _check_device(model, masks, resolve_device(ranks.device, next(model.parameters()).device))
-        halves = [name for name, p in model.named_parameters() if p.dtype == torch.float16]
-        if halves:
-            raise ValueError(
-                f"{halves[0]} is float16, too coarse for a token's gradient: load the model in bfloat16 or float32"
-            )
+        check_precision(model)
         if tokens.context != config.context:
             raise ValueError(f"windows of {tokens.context} tokens and a context of {config.context}")
         check_context(model, config.context)
