@@ -38,7 +38,8 @@ class SoftBudget:
         self.kept24_by_layer = [int(layout.sparse24_areas().sum()) for layout in layouts.values()]
         self.kept24 = sum(self.kept24_by_layer)
         indices, avoided, wanted, kept24 = [], [], [], []
-        kept24_of, part_of_layer = dict(zip(layouts, self.kept24_by_layer, strict=True)), {}
+        kept24_of = dict(zip(layouts, self.kept24_by_layer, strict=True))
+        part_of_layer: dict[str, int] = {}
         for number, part in enumerate(budget.parts(shapes)):
             members = [layouts[name] for name in part.names]
             areas, target = dense_budget(members, part.sparsity)
