@@ -26,6 +26,8 @@ from learning.soft_masks.learn_config import LearnConfig, Ramp
 from learning.training.state import latest
 from patch_compiler.artifact import load_masks
 from patch_compiler.atomic import OUR_FILES
+from patch_compiler.masks import apply_mask
+from patch_compiler.packed import unpack
 from patch_compiler.tile_map import TileKind
 
 from .learning_runs import terminate_in_step
@@ -98,6 +100,17 @@ def test_learn_writes_what_prune_writes(base, tmp_path, capsys, mode):
     assert perplexity(loaded.model, windows, progress=False).value == pytest.approx(found["learned"], rel=1e-4)
     assert perplexity(load_model(base).model, windows, progress=False).value == pytest.approx(found["dense"], rel=1e-4)
     assert f"{found['learned']:.4f}" in shown
+
+
+def test_weights_are_those_of_the_checkpoint_whatever_masks_are_learned_with(tmp_path, capsys):
+    base = save_tiny(tmp_path / "half", torch.float16)
+    assert learn(base, tmp_path / "out", mode="joint") == 0
+    assert "half, bfloat16" in capsys.readouterr().out
+    dense, packed = (dict(load_model(path).model.named_modules()) for path in (base, tmp_path / "out"))
+    for name, mask in load_masks(tmp_path / "out" / "mask.safetensors").masks.items():
+        assert torch.equal(unpack(packed[name].packed), apply_mask(dense[name].weight, mask.keep()))
+    assert packed["model.embed_tokens"].weight.dtype == torch.float16
+    assert json.loads((tmp_path / "out" / "pruning.json").read_text())["dtype"] == "float16"
 
 
 def test_the_same_run_gives_the_same_masks_and_another_seed_others(base, tmp_path):

@@ -141,7 +141,7 @@ class _Command:
     def load(self) -> LoadedModel:
         loaded = load_model(self.args.model, DTYPES[self.args.dtype])
         if loaded.model.dtype == torch.float16 and self.args.dtype == "auto":
-            loaded.model.to(torch.bfloat16)  # a token's gradient is too small for float16
+            loaded.model.to(torch.bfloat16)  # to learn with: a token's gradient is too small for float16
         return loaded
 
     def open_directory(self, loaded: LoadedModel) -> None:
@@ -257,7 +257,8 @@ class _Command:
             "processes": self.ranks.world,
             "device": self.ranks.device.type,
         }  # fmt: skip
-        output = PrunedOutput(self.load(), _pruned(hardened, config))
+        loaded = load_model(args.model, DTYPES[args.dtype])  # in the checkpoint's own precision, also where that is float16
+        output = PrunedOutput(loaded, _pruned(hardened, config))
         output.write(args.output, settings, time.perf_counter() - self.begun)
         output.show(args.output)
         other = f"exactly on budget {last.hard:.4f}" if by_sign else f"by the signs of the logits {last.sign_rule:.4f}"
