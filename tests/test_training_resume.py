@@ -143,11 +143,20 @@ def test_what_is_not_the_same_run_is_refused(tmp_path, seed):
     other.tokens = Run("tile", seed + 1, steps=2).tokens
     with pytest.raises(ValueError, match="other tokens than text gives now"):
         other.train(tmp_path, resume=True)
-    state = tmp_path / "checkpoints" / "step-00000002" / "state.json"
-    record = json.loads(state.read_text())
-    state.write_text(json.dumps(record | {"sharded": True, "processes": 2}))
+
+
+def test_other_processes_can_end_a_run_but_not_go_on_with_parts_of_its_optimizer(tmp_path, seed):
+    run = Run("joint", seed, steps=2)
+    run.train(tmp_path, save_every=1)
+    for state in tmp_path.glob("checkpoints/*/state.json"):
+        state.write_text(json.dumps(json.loads(state.read_text()) | {"sharded": True, "processes": 2}))
+        (state.parent / "optimizer-0.pt").unlink()
+    ended = Run("joint", seed, steps=2)
+    assert ended.train(tmp_path, resume=True).tokens == 0
+    assert same_bits(ended.learned(), run.learned())
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000002")
     with pytest.raises(ValueError, match="shared out over 2 processes, this run has 1"):
-        Run("tile", seed, steps=2).train(tmp_path, resume=True)
+        Run("joint", seed, steps=2).train(tmp_path, resume=True)
 
 
 def test_what_cannot_go_on_bit_for_bit_is_warned_of(tmp_path, seed, recwarn):

@@ -170,7 +170,8 @@ class _Loop:
         self.optimizer = LearnedOptimizer(self.masks.parameters_to_train(), self.config, self.ranks)
         if found is None:
             return 0
-        training_state.load_optimizer_state(found, self.optimizer, self.ranks, self.sharded)
+        if training_state.optimizer_fits(found, self.ranks, self.sharded):  # else the run has ended and needs none
+            training_state.load_optimizer_state(found, self.optimizer, self.ranks, self.sharded)
         return found.step
 
     def run(self, first: int, log: TrainingLog, request: StopRequest, validate_every: int, save_every: int) -> TrainResult:

@@ -114,11 +114,16 @@ def check(found: Checkpoint, config: LearnConfig, tokens: TokenFile, ranks: Rank
         raise ValueError(f"checkpoint {found.path.name}: its {differing[0]} is {differing[1]!r}, this run's {differing[2]!r}")
     if found.record["text"] != tokens.digest or found.record["context"] != tokens.context:
         raise ValueError(f"checkpoint {found.path.name}: it was trained on other tokens than {tokens.name} gives now")
-    if (sharded or found.record["sharded"]) and found.record["processes"] != ranks.world:
+    if not optimizer_fits(found, ranks, sharded) and found.step < config.steps:
         raise ValueError(
             f"checkpoint {found.path.name}: its optimizer state is shared out over {found.record['processes']} processes, "
             f"this run has {ranks.world}"
         )
+
+
+def optimizer_fits(found: Checkpoint, ranks: Ranks, sharded: bool) -> bool:
+    """Whether the optimizer's state lies there as this many processes have it."""
+    return found.record["processes"] == ranks.world or not (sharded or found.record["sharded"])
 
 
 def circumstances(ranks: Ranks, recompute: bool, compiled: bool) -> dict[str, Any]:
