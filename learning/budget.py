@@ -107,8 +107,9 @@ def allocate_dense_tiles(
     scores: layer -> [panels, columns], the loss that keeping the tile dense saves (any common unit, finite). by_rank: they are
     of no unit, such as learned logits, and only their order counts. shapes: layer -> (M, K). budget: a number stands for all
     layers together; at sparsity 0.5 every tile is 2:4.
-    Returns layer -> TileMap of dense and 2:4 tiles; zeros differ from sparsity x weights by less than the zeros of
-    one tile for each part of the budget. Of two tiles that avoid equally many zeros the one with the higher score is dense
+    Returns layer -> TileMap of dense and 2:4 tiles; zeros differ from sparsity x weights by less than the zeros of one tile, of
+    all layers together and of each part of the budget: what the tiles of one part cannot meet the next makes up for, unless
+    all its tiles are to be alike. Of two tiles that avoid equally many zeros the one with the higher score is dense
     first; equal scores go by order of layers, then of tiles. A tile in which 2:4 drops nothing (one or two inputs wide) is
     always dense.
 
@@ -124,8 +125,10 @@ def allocate_dense_tiles(
     for name, layout in layouts.items():
         _check_scores(name, scores[name], layout)
     found: dict[str, TileMap] = {}
+    owed = 0.0
     for part in budget.parts({name: shapes[name] for name in scores}):
-        found |= _allocate_part(scores, {name: layouts[name] for name in part.names}, part.sparsity, by_rank)
+        maps, owed = _allocate_part(scores, {name: layouts[name] for name in part.names}, part.sparsity, by_rank, owed)
+        found |= maps
     return {name: found[name] for name in layouts}
 
 
@@ -147,16 +150,23 @@ def dense_budget(layouts: Sequence[TileMap], sparsity: float) -> tuple[Tensor, f
 
 
 def _allocate_part(
-    scores: Mapping[str, Tensor], layouts: Mapping[str, TileMap], sparsity: float, by_rank: bool
-) -> dict[str, TileMap]:
+    scores: Mapping[str, Tensor], layouts: Mapping[str, TileMap], sparsity: float, by_rank: bool, owed: float
+) -> tuple[dict[str, TileMap], float]:
+    """(layer -> map, zeros owed now). owed: how many more zeros earlier parts should have avoided."""
     value = torch.cat([scores[name].detach().double().cpu().flatten() for name in layouts])
     avoided, budget = dense_budget(list(layouts.values()), sparsity)
+    choice = 0 < budget < int(avoided.sum())
+    if choice:
+        budget += owed
     dense = _choose(value, avoided, budget, value if by_rank else value / avoided.clamp(min=1))
+    if choice:
+        owed = budget - int(avoided[dense].sum())
     parts = dense.split([layout.kinds.numel() for layout in layouts.values()])
-    return {
+    maps = {
         name: TileMap.from_dense(layout.shape, part.view(layout.grid), layout.tile)
         for (name, layout), part in zip(layouts.items(), parts, strict=True)
     }
+    return maps, owed
 
 
 def _check_scores(name: str, score: Tensor, layout: TileMap) -> None:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learning.budget import allocate_dense_tiles, split_exactly
+from learning.budget import Budget, allocate_dense_tiles, split_exactly
 from patch_compiler.tile_map import TileKind, TileMap
 
 Problem = tuple[dict[str, torch.Tensor], dict[str, tuple[int, int]], tuple[int, int]]
@@ -46,6 +46,30 @@ def test_zeros_are_exact_to_half_a_tile(problem: Problem, sparsity: float) -> No
     scores, shapes, tile = problem
     zeros, weights, largest = totals(allocate_dense_tiles(scores, shapes, sparsity, tile))
     assert abs(zeros - sparsity * weights) <= largest / 2 + 1e-6
+
+
+@given(
+    st.lists(st.tuples(st.integers(8, 40), st.integers(2, 10)), min_size=1, max_size=12), st.floats(0.01, 0.49), st.booleans(),
+    st.integers(0, 2**31),
+)  # fmt: skip
+def test_layers_by_themselves_are_exact_together(sizes: list[tuple[int, int]], sparsity: float, rule: bool, seed: int) -> None:
+    """Each to a tile; roundings do not add up."""
+    tile = (8, 8)
+    shapes = {f"layer{i}": (m, 4 * groups) for i, (m, groups) in enumerate(sizes)}
+    budget = Budget(sparsity, per_layer=True)
+    if rule:  # then come layers without a choice
+        shapes |= {"fixed.all": (20, 20), "fixed.none": (20, 20)}
+        share = 20 * 20 / sum(m * k for m, k in shapes.values())
+        rules = (("layer", sparsity), ("all", 0.5), ("none", 0.0))
+        budget = Budget(sparsity * (1 - 2 * share) + 0.5 * share, per_layer=True, rules=rules)
+    generator = torch.Generator().manual_seed(seed)
+    scores = {name: torch.rand(TileMap.grid_of(shape, tile), generator=generator) for name, shape in shapes.items()}
+    maps = allocate_dense_tiles(scores, shapes, budget, tile)
+    zeros, weights, largest = totals(maps)
+    assert abs(zeros - budget.sparsity * weights) <= largest / 2 + 1e-6
+    for name, found in maps.items():
+        wanted = {"fixed.all": 0.5, "fixed.none": 0.0}.get(name, sparsity)
+        assert abs(found.zeros - wanted * found.weights) <= (0 if name.startswith("fixed") else largest) + 1e-6
 
 
 @given(problems(), st.floats(0, 0.499))

@@ -26,6 +26,8 @@ from learning.soft_masks.learn_config import LearnConfig, Ramp
 from learning.training.state import latest
 from patch_compiler.artifact import load_masks
 from patch_compiler.atomic import OUR_FILES
+from patch_compiler.masks import apply_mask
+from patch_compiler.packed import unpack
 from patch_compiler.tile_map import TileKind
 
 from .learning_runs import terminate_in_step
@@ -100,6 +102,17 @@ def test_learn_writes_what_prune_writes(base, tmp_path, capsys, mode):
     assert f"{found['learned']:.4f}" in shown
 
 
+def test_weights_are_those_of_the_checkpoint_whatever_masks_are_learned_with(tmp_path, capsys):
+    base = save_tiny(tmp_path / "half", torch.float16)
+    assert learn(base, tmp_path / "out", mode="joint") == 0
+    assert "half, bfloat16" in capsys.readouterr().out
+    dense, packed = (dict(load_model(path).model.named_modules()) for path in (base, tmp_path / "out"))
+    for name, mask in load_masks(tmp_path / "out" / "mask.safetensors").masks.items():
+        assert torch.equal(unpack(packed[name].packed), apply_mask(dense[name].weight, mask.keep()))
+    assert packed["model.embed_tokens"].weight.dtype == torch.float16
+    assert json.loads((tmp_path / "out" / "pruning.json").read_text())["dtype"] == "float16"
+
+
 def test_the_same_run_gives_the_same_masks_and_another_seed_others(base, tmp_path):
     found = []
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
@@ -119,8 +132,10 @@ def test_budgets_by_rule_and_layers_left_out(base, tmp_path):
     zeros, weights = zeros_of(masks)
     assert abs(zeros - 0.3 * weights) < 16 * 16 / 2
     assert learn(base, tmp_path / "each", "--sparsity", "0.25", "--per-layer") == 0
-    for mask in load_masks(tmp_path / "each" / "mask.safetensors").masks.values():
-        assert abs(mask.sparsity - 0.25) * mask.tile_map.weights <= 16 * 16 / 4
+    masks = load_masks(tmp_path / "each" / "mask.safetensors").masks
+    assert all(abs(mask.sparsity - 0.25) * mask.tile_map.weights < 16 * 16 / 2 for mask in masks.values())
+    zeros, weights = zeros_of(masks)
+    assert abs(zeros - 0.25 * weights) <= 16 * 16 / 4
 
 
 def test_patterns_can_come_from_a_mask_file(base, tmp_path, capsys):
@@ -196,11 +211,15 @@ def test_options_replace_published_values():
         return config_of(parser.parse_args(["m", "-o", "o", *options]))
 
     assert config("--mode", "joint", "--sparsity", "0.45") == LearnConfig.published("joint", Budget(0.45))
+    by_patch = config("--mode", "maskllm", "--compat", "patch")  # of PATCH's own runs of MaskLLM, not MaskLLM's
+    assert (by_patch.lr, by_patch.warmup, by_patch.final_lr, by_patch.eps, by_patch.init_std) == (1e-4, 5, 0.0, 1e-8, 0.014)
+    assert (by_patch.weight_decay, by_patch.training_budget) == (0.1, "penalty")
+    assert config("--mode", "joint", "--compat", "patch", "--density-penalty", "4").density_penalty == 4
     assert config("--mode", "maskllm") == LearnConfig.published("maskllm", Budget(0.5))
-    found = config("--mode", "tile", "--steps", "3", "--tile-scale", "5:70", "--pattern-temperature", "2", "--final-lr", "0.1")
+    found = config("--mode", "joint", "--steps", "3", "--tile-scale", "5:70", "--pattern-temperature", "2", "--final-lr", "0.1")
     assert (found.steps, found.warmup, found.final_lr) == (3, 3, 0.1)
     assert found.tiles.scale == Ramp(5, 70)
-    assert found.tiles.temperature == LearnConfig.published("tile", Budget(0.35)).tiles.temperature
+    assert found.tiles.temperature == LearnConfig.published("joint", Budget(0.35)).tiles.temperature
     assert found.patterns.temperature == Ramp(2, 2)
     rules = config("--mode", "tile", "--budget", "a=b=0.5", "--budget", "mlp=0.1", "--tile", "64x32", "--per-layer")
     assert rules.budget == Budget(0.35, True, (("a=b", 0.5), ("mlp", 0.1)))
@@ -228,6 +247,11 @@ def test_options_replace_published_values():
         (["--pattern-method", "none"], "needs 2:4 patterns"),
         (["--tile-prior", "mask"], "no masks to start from"),
         (["--mode", "maskllm", "--per-layer"], "a budget by layer or by rule: maskllm learns 2:4"),
+        (["--mode", "maskllm", "--settle", "0.3"], "--settle has no use in mode maskllm, which learns no tiles"),
+        (["--mode", "maskllm", "--tile-scale", "3:4"], "--tile-scale has no use in mode maskllm"),
+        (["--mode", "tile", "--precision", "compact"], "--precision has no use in mode tile, which learns no patterns"),
+        (["--density-penalty", "4"], "--density-penalty has no use without --training-budget penalty"),
+        (["--dtype", "float16"], "too coarse for a token's gradient"),
         (["--samples", "1000000"], "is too short"),
         (["--tensorboard"], "pip install tensorboard"),
     ],

@@ -125,8 +125,8 @@ def test_a_run_that_settles_ends_on_what_it_hardens(mode):
     for settle in (0.0, 0.5):
         run = Run(mode, steps=12, settle=settle, tiles=Relaxing(Ramp(5, 30), Ramp(4, 0.05)), tile=4)
         run.train()
-        assert run.masks.soft_density() == pytest.approx(run.masks._budget.density, abs=1e-6)
-        gaps.append(abs(run.masks.hard_density() - run.masks._budget.density))
+        assert run.masks.soft_density() == pytest.approx(1 - run.config.budget.sparsity, abs=1e-6)
+        gaps.append(abs(run.masks.hard_density() - (1 - run.config.budget.sparsity)))
     assert gaps[1] < 0.25 * gaps[0]
 
 

@@ -143,11 +143,43 @@ def test_what_is_not_the_same_run_is_refused(tmp_path, seed):
     other.tokens = Run("tile", seed + 1, steps=2).tokens
     with pytest.raises(ValueError, match="other tokens than text gives now"):
         other.train(tmp_path, resume=True)
-    state = tmp_path / "checkpoints" / "step-00000002" / "state.json"
-    record = json.loads(state.read_text())
-    state.write_text(json.dumps(record | {"sharded": True, "processes": 2}))
+
+
+def test_other_processes_can_end_a_run_but_not_go_on_with_parts_of_its_optimizer(tmp_path, seed):
+    run = Run("joint", seed, steps=2)
+    run.train(tmp_path, save_every=1)
+    for state in tmp_path.glob("checkpoints/*/state.json"):
+        state.write_text(json.dumps(json.loads(state.read_text()) | {"sharded": True, "processes": 2}))
+        (state.parent / "optimizer-0.pt").unlink()
+    ended = Run("joint", seed, steps=2)
+    assert ended.train(tmp_path, resume=True).tokens == 0
+    assert same_bits(ended.learned(), run.learned())
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000002")
     with pytest.raises(ValueError, match="shared out over 2 processes, this run has 1"):
-        Run("tile", seed, steps=2).train(tmp_path, resume=True)
+        Run("joint", seed, steps=2).train(tmp_path, resume=True)
+
+
+def test_what_cannot_go_on_bit_for_bit_is_warned_of(tmp_path, seed, recwarn):
+    Run("tile", seed, steps=1).train(tmp_path)
+    state = tmp_path / "checkpoints" / "step-00000001" / "state.json"
+    record = json.loads(state.read_text())
+    now = record["versions"]
+
+    def warned(versions, processes=1, **options) -> list[str]:
+        state.write_text(json.dumps(record | {"versions": versions, "processes": processes}))
+        recwarn.clear()
+        Run("tile", seed, steps=1).train(tmp_path, resume=True, **options)
+        return [str(warning.message) for warning in recwarn if "the same but for rounding" in str(warning.message)]
+
+    assert warned(now) == warned({}) == []  # older records have less
+    assert warned(now, recompute=False) == []  # the same bits, where blocks are not compiled
+    for name, then in (("torch", "1.0"), ("device", "abacus"), ("compiled", True)):
+        (told,) = warned(now | {name: then})
+        assert f"step-00000001 was made with {name} {then}, now {now[name]}: the run goes on" in told
+    (told,) = warned(now, processes=2)
+    assert "with processes 2, now 1:" in told
+    (told,) = warned(now | {"compiled": True, "activations": "kept"}, compiled=True)
+    assert "with activations kept, now recomputed:" in told
 
 
 def test_a_checkpoint_from_before_a_setting_goes_on_with_its_default(tmp_path, seed):

@@ -220,6 +220,20 @@ def test_command(base, three_files, tmp_path, capsys):
     assert len(record["zero_shot"]["tasks"]) == 1
 
 
+def test_tasks_that_fail_leave_the_perplexity(base, tmp_path, capsys):
+    out, text = tmp_path / "results.json", tmp_path / "text.txt"
+    text.write_text("the tile map of a weight says which of its tiles are dense " * 20)
+    long = write(tmp_path / "long.jsonl", [{"context": "the", "continuation": "tile " * 200}])
+    assert (
+        main(["evaluate", str(base), "--device", "cpu", "--quiet", "-o", str(out), "--text", str(text), "--tasks", long]) == 2
+    )
+    shown = capsys.readouterr()
+    assert "the model scores 1 to 128" in shown.err
+    record = json.loads(out.read_text())
+    assert f"perplexity  {record['perplexity']:.4f}" in shown.out
+    assert "zero_shot" not in record
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -98,16 +98,22 @@ def run(args: argparse.Namespace) -> None:
         start = time.perf_counter()
         measured = perplexity(model, ids, args.context, args.stride, progress=not args.quiet)
         record |= _perplexity(args, measured, ids.numel(), time.perf_counter() - start)
+        _write(args.output, record)  # tasks can take hours, and fail
     if tasks is not None:
         start = time.perf_counter()
         batch_size = args.batch_size or _BATCH_SIZE
         scores = zero_shot(model, loaded.tokenizer, tasks, limit=args.limit, batch_size=batch_size, progress=not args.quiet)
         record |= _zero_shot(args, scores, batch_size, time.perf_counter() - start)
         record["versions"]["lm-eval"] = version("lm-eval")
+        _write(args.output, record)
     if args.output is not None:
-        with atomic_file(args.output) as partial:
-            partial.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         print(f"wrote {args.output}")
+
+
+def _write(output: Path | None, record: dict[str, Any]) -> None:
+    if output is not None:
+        with atomic_file(output) as partial:
+            partial.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _check(args: argparse.Namespace) -> LoadedTasks | None:

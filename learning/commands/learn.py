@@ -32,7 +32,7 @@ from ..soft_masks.priors import check_start, find_start, lacks_patterns
 from ..soft_masks.start_file import is_saved, load_start, save_start
 from ..token_file import TokenFile, tokenise
 from ..training.distributed import Ranks, processes
-from ..training.loop import TrainResult, check_run, train
+from ..training.loop import TrainResult, check_precision, check_run, train
 from ..training.next_token_loss import mean_loss
 from ..training.state import first_difference
 from ..training.stop_request import Stopped
@@ -98,6 +98,7 @@ class _Command:
         args, ranks = self.args, self.ranks
         check_run(self.config, ranks, args.tensorboard, args.wandb is not None)
         loaded = self.load()
+        check_precision(loaded.model)
         if args.context is None:  # the published one may be too long
             self.config = replace(self.config, context=default_context(loaded.model, self.config.context))
         config = self.config
@@ -140,7 +141,7 @@ class _Command:
     def load(self) -> LoadedModel:
         loaded = load_model(self.args.model, DTYPES[self.args.dtype])
         if loaded.model.dtype == torch.float16 and self.args.dtype == "auto":
-            loaded.model.to(torch.bfloat16)  # a token's gradient is too small for float16
+            loaded.model.to(torch.bfloat16)  # to learn with: a token's gradient is too small for float16
         return loaded
 
     def open_directory(self, loaded: LoadedModel) -> None:
@@ -256,7 +257,8 @@ class _Command:
             "processes": self.ranks.world,
             "device": self.ranks.device.type,
         }  # fmt: skip
-        output = PrunedOutput(self.load(), _pruned(hardened, config))
+        loaded = load_model(args.model, DTYPES[args.dtype])  # in the checkpoint's own precision, also where that is float16
+        output = PrunedOutput(loaded, _pruned(hardened, config))
         output.write(args.output, settings, time.perf_counter() - self.begun)
         output.show(args.output)
         other = f"exactly on budget {last.hard:.4f}" if by_sign else f"by the signs of the logits {last.sign_rule:.4f}"

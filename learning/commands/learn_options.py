@@ -36,6 +36,14 @@ _RAMPS = {
     "pattern_scale": ("patterns", "scale"),
     "pattern_temperature": ("patterns", "temperature"),
 }
+# what a mode does not learn, and the options about that
+_USELESS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "maskllm": (
+        "tiles",
+        ("tile_lr", "settle", "training_budget", "density_penalty", "tile_prior", "tile_scale", "tile_temperature"),
+    ),
+    "tile": ("patterns", ("weight_decay", "precision", "pattern_scale", "pattern_temperature")),
+}
 _CHOICES: dict[str, tuple[Any, str]] = {
     "training_budget": (TrainingBudget, "hold the expected density exactly, or punish what is off (PATCH)"),
     "tile_prior": (
@@ -110,7 +118,9 @@ def add_options(parser: Any) -> None:
 
 
 def config_of(args: argparse.Namespace) -> LearnConfig:
-    """The published settings for mode and sparsity, with what was given in their place. ValueError as LearnConfig."""
+    """The published settings for mode and sparsity, with what was given in their place. ValueError as LearnConfig, and for
+    options that this run would not look at."""
+    _check_useful(args)
     default = 0.5 if args.mode == "maskllm" else DEFAULT_SPARSITY
     budget = budget_of(args, default if args.sparsity is None else args.sparsity)
     given = {name: getattr(args, name) for name in (*_NUMBERS, *_CHOICES) if getattr(args, name) is not None}
@@ -121,6 +131,15 @@ def config_of(args: argparse.Namespace) -> LearnConfig:
             changes: dict[str, Any] = {kind: replace(relaxing, **{which: ramp})}
             config = replace(config, **changes)
     return config
+
+
+def _check_useful(args: argparse.Namespace) -> None:
+    what, names = _USELESS.get(args.mode, ("", ()))
+    for name in names:
+        if getattr(args, name) is not None:
+            raise ValueError(f"{_flag(name)} has no use in mode {args.mode}, which learns no {what}")
+    if args.density_penalty is not None and args.training_budget != "penalty" and args.compat != "patch":
+        raise ValueError("--density-penalty has no use without --training-budget penalty")
 
 
 def _flag(name: str) -> str:

@@ -59,7 +59,8 @@ class LearnConfig:
     steps: optimizer steps. batch: windows of a step over all processes. micro_batch: windows of a forward pass of a process.
     context: tokens of a window. lr, warmup, final_lr, betas, eps, weight_decay: AdamW with a linear warm-up of so many steps,
         then half a cosine down to final_lr x lr. clip: of the gradient's norm over all that is learned.
-    tile_lr: the rate of tile logits, as a multiple of the others'.
+    tile_lr: the rate of tile logits, as a multiple of the others'. What is about tiles means nothing in mode maskllm, what is
+        about pattern logits nothing in mode tile.
     tiles, patterns: how the two kinds of choices harden. settle: the share of the run, at its end, over which the noise of
         the tiles falls to a twentieth: what was undecided is decided while patterns can still follow.
     training_budget: "projected" shifts all tile logits so that the expected density is right at every step; "penalty" adds
@@ -163,11 +164,15 @@ class LearnConfig:
 
     @classmethod
     def published(cls, mode: Mode, budget: Budget, **changes: Any) -> LearnConfig:
-        """PATCH's settings for this mode and sparsity (thesis table 6.1), MaskLLM's for "maskllm" (its table 7).
+        """PATCH's settings for this mode and sparsity (thesis table 6.1), MaskLLM's for "maskllm" (its table 7; with compat
+        "patch", those of PATCH's own runs of MaskLLM).
 
         changes: of what was published. A run with fewer steps than the published warm-up is all warm-up.
         """
-        if mode == "maskllm":
+        by_patch = changes.get("compat") == "patch"
+        if mode == "maskllm" and by_patch:
+            found = cls(mode, budget, lr=1e-4, weight_decay=0.1, norm_reward=1e-5)
+        elif mode == "maskllm":
             found = cls(
                 mode, budget, lr=5e-4, warmup=0, final_lr=0.1, eps=1e-5, weight_decay=0.1, norm_reward=1e-5, init_std=0.01,
             )  # fmt: skip
@@ -177,7 +182,7 @@ class LearnConfig:
         else:
             slow = Relaxing(Ramp(100, 500), Ramp(2, 0.05))
             found = cls(mode, budget, lr=1e-4, tiles=slow, density_penalty=3.0, norm_reward=0.1)
-        if changes.get("compat") == "patch":
+        if by_patch:
             changes = {"training_budget": "penalty", "tile_prior": "survivors"} | changes
         return replace(found, **({"warmup": min(found.warmup, changes.get("steps", found.steps))} | changes))
 

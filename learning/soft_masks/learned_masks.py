@@ -179,9 +179,8 @@ class LearnedMasks:
         """Of PATCH's density term with respect to the gates: it sees the sampled mask, each layer's sum in bfloat16."""
         kept = (self._budget.avoided * gates).split(self._tiles)
         whole = [part.sum() + pairs for part, pairs in zip(kept, self._budget.kept24_by_layer, strict=True)]
-        density = torch.stack(whole).bfloat16().double().sum() / self._budget.weights
-        sign = torch.sign(density - self._budget.density)
-        return (self.config.density_penalty * sign * self._budget.avoided / self._budget.weights).to(gates.dtype)
+        gradient = self._budget.penalty_gradient(torch.stack(whole).bfloat16().double())
+        return (self.config.density_penalty * gradient).to(gates.dtype)
 
     def soft_density(self) -> float:
         """Kept weights / weights that the logits stand for at the last step's scale, the mean over the noise."""

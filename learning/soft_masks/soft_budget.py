@@ -37,10 +37,14 @@ class SoftBudget:
         self.weights = sum(layout.weights for layout in layouts.values())
         self.kept24_by_layer = [int(layout.sparse24_areas().sum()) for layout in layouts.values()]
         self.kept24 = sum(self.kept24_by_layer)
-        indices, avoided, wanted = [], [], []
-        for part in budget.parts(shapes):
+        indices, avoided, wanted, kept24 = [], [], [], []
+        kept24_of = dict(zip(layouts, self.kept24_by_layer, strict=True))
+        part_of_layer: dict[str, int] = {}
+        for number, part in enumerate(budget.parts(shapes)):
             members = [layouts[name] for name in part.names]
             areas, target = dense_budget(members, part.sparsity)
+            kept24.append(sum(kept24_of[name] for name in part.names))
+            part_of_layer |= dict.fromkeys(part.names, number)
             indices.append(torch.cat([torch.arange(layouts[n].kinds.numel()) + first[n] for n in part.names]))
             avoided.append(areas.double())
             wanted.append(target)
@@ -53,8 +57,9 @@ class SoftBudget:
         for number, index in enumerate(indices):
             part_of[index] = number
         self._part = part_of.to(device)
-        self.density = (self.kept24 + sum(wanted)) / self.weights  # kept weights / weights that the budget asks for
         self._wanted = torch.tensor(wanted, dtype=torch.float64, device=device)
+        self._kept = self._wanted + torch.tensor(kept24, dtype=torch.float64, device=device)
+        self._part_of_layer = torch.tensor([part_of_layer[name] for name in layouts], device=device)
         self.avoided = torch.cat([(x.areas() - x.sparse24_areas()).flatten() for x in layouts.values()]).double().to(device)
 
     def expected_density(self, logits: Tensor, scale: float) -> Tensor:
@@ -70,6 +75,11 @@ class SoftBudget:
         """Σ over parts of |expected - wanted| kept weights, as a share of all weights; equation 6.5's λ1 term for one part."""
         dense = torch.sigmoid(scale * logits.double())[self._index]
         return ((self._avoided * dense).sum(1) - self._wanted).abs().sum() / self.weights
+
+    def penalty_gradient(self, kept_by_layer: Tensor) -> Tensor:
+        """Of such a penalty with respect to the gates, float64 [tiles], where layers keep so many weights: float64 [layers]."""
+        kept = torch.zeros_like(self._kept).index_add_(0, self._part_of_layer, kept_by_layer)
+        return self.spread(torch.sign(kept - self._kept)) * self.avoided / self.weights
 
     def project(self, logits: Tensor, scale: float, shift: Tensor | None = None) -> Tensor:
         """logits [tiles] minus one number for each part, such that the expected density is the wanted one.

@@ -92,7 +92,7 @@ def train(
     KeyboardInterrupt) after SIGTERM, SIGINT or SIGUSR1, or if a file `stop` appears in `run`.
     """
     ranks = ranks or Ranks(next(model.parameters()).device)
-    loop = _Loop(model, masks, tokens, config, run, validation, ranks, compiled)
+    loop = _Loop(model, masks, tokens, config, run, validation, ranks, recompute, compiled)
     if run is not None and ranks.first:
         run.mkdir(parents=True, exist_ok=True)
     found = ranks.gather(training_state.latest(run) if run is not None and ranks.first else None)[0]
@@ -103,7 +103,7 @@ def train(
         run if ranks.first else None, first, config.steps, progress=progress and ranks.first,
         tensorboard=tensorboard and ranks.first, wandb=wandb if ranks.first else None, settings=config.as_json(),
     )  # fmt: skip
-    blocks = training_blocks(model, recompute=recompute, compiled=loop.compiled)
+    blocks = training_blocks(model, recompute=loop.recompute, compiled=loop.compiled)
     with log, StopRequest(run if ranks.first else None) as request, blocks:
         return loop.run(first, log, request, validate_every, save_every)
 
@@ -120,6 +120,13 @@ def check_run(config: LearnConfig, ranks: Ranks, tensorboard: bool = False, wand
     check_loggers(tensorboard, wandb)
 
 
+def check_precision(model: nn.Module) -> None:
+    """Raises ValueError for a model in which a token's gradient is zero."""
+    half = next((name for name, parameter in model.named_parameters() if parameter.dtype == torch.float16), None)
+    if half is not None:
+        raise ValueError(f"{half} is float16, too coarse for a token's gradient: load the model in bfloat16 or float32")
+
+
 class _Loop:
     def __init__(
         self,
@@ -130,17 +137,14 @@ class _Loop:
         run: Path | None,
         validation: Tensor | None,
         ranks: Ranks,
+        recompute: bool,
         compiled: bool | None,
     ) -> None:
         self.model, self.masks, self.tokens, self.config = model, masks, tokens, config
         self.directory, self.validation, self.ranks = run, validation, ranks
         check_run(config, self.ranks)
         _check_device(model, masks, resolve_device(ranks.device, next(model.parameters()).device))
-        halves = [name for name, p in model.named_parameters() if p.dtype == torch.float16]
-        if halves:
-            raise ValueError(
-                f"{halves[0]} is float16, too coarse for a token's gradient: load the model in bfloat16 or float32"
-            )
+        check_precision(model)
         if tokens.context != config.context:
             raise ValueError(f"windows of {tokens.context} tokens and a context of {config.context}")
         check_context(model, config.context)
@@ -150,19 +154,24 @@ class _Loop:
         self.sharded = config.mode != "tile" and ranks.world > 1
         if compiled and self.sharded:
             raise ValueError("compiled: not with pattern logits that several processes share")
+        self.recompute = recompute
         self.compiled = ranks.device.type == "cuda" and not self.sharded if compiled is None else compiled
+        self.circumstances = training_state.circumstances(ranks, recompute, self.compiled)
 
     def prepare(self, found: training_state.Checkpoint | None) -> int:
         """Completed steps."""
         if found is not None:
             training_state.check(found, self.config, self.tokens, self.ranks, self.sharded)
+            if self.ranks.first:
+                training_state.warn_of_other_bits(found, self.circumstances, self.ranks)
             training_state.load_masks_state(found, self.masks)
         if self.sharded:
             share_out_trained(self.model, self.ranks)
         self.optimizer = LearnedOptimizer(self.masks.parameters_to_train(), self.config, self.ranks)
         if found is None:
             return 0
-        training_state.load_optimizer_state(found, self.optimizer, self.ranks, self.sharded)
+        if training_state.optimizer_fits(found, self.ranks, self.sharded):  # else the run has ended and needs none
+            training_state.load_optimizer_state(found, self.optimizer, self.ranks, self.sharded)
         return found.step
 
     def run(self, first: int, log: TrainingLog, request: StopRequest, validate_every: int, save_every: int) -> TrainResult:
@@ -183,8 +192,9 @@ class _Loop:
             stop = stop and done < config.steps
             if self.directory is not None and (done % save_every == 0 or done == config.steps or stop):
                 training_state.save(
-                    self.directory, done, self.masks, self.optimizer, config, self.tokens, self.ranks, self.sharded
-                )
+                    self.directory, done, self.masks, self.optimizer, config, self.tokens, self.ranks, self.sharded,
+                    self.circumstances,
+                )  # fmt: skip
             if stop:
                 raise Stopped(done, self.directory is not None)
         if first == config.steps:  # resumed a run that had ended, with this on record

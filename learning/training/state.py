@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,8 +63,12 @@ def save(
     tokens: TokenFile,
     ranks: Ranks,
     sharded: bool,
+    versions: Mapping[str, Any],
 ) -> Path:
-    """Write a checkpoint after `step` steps; every process must call it. Older ones than the last two go."""
+    """Write a checkpoint after `step` steps; every process must call it. Older ones than the last two go.
+
+    versions: of `circumstances`.
+    """
     target = run / _CHECKPOINTS / f"step-{step:08d}"
     partial = target.with_name(f".{target.name}.partial")
 
@@ -87,7 +92,7 @@ def save(
         save_file(state, partial / _MASKS)
         record = {
             "format": "patch-learning", "version": 1, "step": step, "config": config.as_json(), "text": tokens.digest,
-            "context": tokens.context, "processes": ranks.world, "sharded": sharded, "versions": _versions(ranks),
+            "context": tokens.context, "processes": ranks.world, "sharded": sharded, "versions": dict(versions),
         }  # fmt: skip
         (partial / _STATE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         for file in (*partial.iterdir(), partial):
@@ -109,10 +114,38 @@ def check(found: Checkpoint, config: LearnConfig, tokens: TokenFile, ranks: Rank
         raise ValueError(f"checkpoint {found.path.name}: its {differing[0]} is {differing[1]!r}, this run's {differing[2]!r}")
     if found.record["text"] != tokens.digest or found.record["context"] != tokens.context:
         raise ValueError(f"checkpoint {found.path.name}: it was trained on other tokens than {tokens.name} gives now")
-    if (sharded or found.record["sharded"]) and found.record["processes"] != ranks.world:
+    if not optimizer_fits(found, ranks, sharded) and found.step < config.steps:
         raise ValueError(
             f"checkpoint {found.path.name}: its optimizer state is shared out over {found.record['processes']} processes, "
             f"this run has {ranks.world}"
+        )
+
+
+def optimizer_fits(found: Checkpoint, ranks: Ranks, sharded: bool) -> bool:
+    """Whether the optimizer's state lies there as this many processes have it."""
+    return found.record["processes"] == ranks.world or not (sharded or found.record["sharded"])
+
+
+def circumstances(ranks: Ranks, recompute: bool, compiled: bool) -> dict[str, Any]:
+    """What decides the last bits of a step, beside settings and number of processes. recompute, compiled: as for `train`."""
+    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else platform.machine()
+    return {
+        "python": platform.python_version(), "torch": str(torch.__version__), "device": device, "compiled": compiled,
+        "activations": "recomputed" if recompute else "kept",
+    }  # fmt: skip
+
+
+def warn_of_other_bits(found: Checkpoint, versions: Mapping[str, Any], ranks: Ranks) -> None:
+    """Warns if a checkpoint was made under other circumstances: the run goes on, but not bit for bit."""
+    then = {"processes": found.record["processes"], **found.record["versions"]}
+    now = {"processes": ranks.world, **versions}
+    harmless = {"python"} if now["compiled"] else {"python", "activations"}  # uncompiled blocks compute the same bits again
+    differing = [name for name in now if name not in harmless and then.get(name, now[name]) != now[name]]
+    if differing:
+        other = "; ".join(f"{name} {then[name]}, now {now[name]}" for name in differing)
+        warnings.warn(
+            f"checkpoint {found.path.name} was made with {other}: the run goes on, the same but for rounding",
+            stacklevel=2,
         )
 
 
@@ -153,11 +186,6 @@ def _damaged(file: Path) -> Iterator[None]:
             f"checkpoint {file.parent}: its {file.name} cannot be read ({reason}); remove that directory, and --resume goes on "
             "from the checkpoint before it, if there is one"
         ) from error
-
-
-def _versions(ranks: Ranks) -> dict[str, str]:
-    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else platform.machine()
-    return {"python": platform.python_version(), "torch": str(torch.__version__), "device": device}
 
 
 def _flush(path: Path) -> None:
