@@ -8,6 +8,7 @@ from torch import Tensor
 
 from learning.one_shot import METHODS, columns, hessian
 from learning.one_shot.kernels import columns as kernels
+from learning.one_shot.refit import refit_weight
 from learning.one_shot.selection import Pruned
 from learning.statistics import InputStatistics
 from patch_compiler.tile_map import TileKind, TileMap
@@ -89,6 +90,20 @@ def test_whole_weights_against_the_cpu(
     assert relative_error(there.weight.cpu()[alike], here.weight[alike]) < 1e-5
     errors = [output_error(x, weight, p.weight.cpu()) for p in (here, there)]
     assert errors[1] == pytest.approx(errors[0], rel=1e-3)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(600, 1000), (257, 1283)])
+def test_refitting_against_the_cpu(rows: int, width: int) -> None:
+    x, weight, keep = correlated_inputs(3 * width, width), torch.randn(rows, width), torch.rand(rows, width) < 0.5
+    x[:, ::50] = 0.0
+    statistics = statistics_of(x)
+    here = refit_weight(weight, keep, statistics)
+    there = [refit_weight(weight.cuda(), keep.cuda(), statistics.to("cuda")) for _ in range(2)]
+    assert same_bits(*there)
+    assert there[0].is_cuda
+    assert relative_error(there[0], here) < 2e-3  # both stop where the rest is small, not at the same bits
+    assert output_error(x, weight, there[0].cpu()) == pytest.approx(output_error(x, weight, here), rel=1e-3)
+    assert not bool(there[0][~keep.cuda()].view(torch.int32).any())
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", "thanos"])
