@@ -23,7 +23,7 @@ from .artifact import ArtifactError, save_masks
 from .atomic import atomic_directory
 from .checkpoint_file import METHOD
 from .container import json_text
-from .linears import is_conv1d
+from .linears import check_dtype, is_conv1d
 from .module import PatchLinear
 from .quantizer import attach
 
@@ -91,15 +91,19 @@ def load_compressed(
     """The model of a compressed directory, in eval mode: `AutoModelForCausalLM.from_pretrained`, which also takes hub ids,
     and afterwards nothing of the model may have been missing or left over in the files. dtype: default the stored one.
 
-    Raises ArtifactError for a damaged checkpoint and when checkpoint and config do not belong together; ValueError for an
-    unknown dtype; what torch raises without enough memory or for a device that it does not know or that is not there.
+    Raises ArtifactError for a damaged checkpoint and when checkpoint and config do not belong together; ValueError for a
+    dtype that is unknown or no packed layer's; what torch raises without enough memory or for a device that it does not know
+    or that is not there.
     """
     directory = Path(directory).expanduser()
     check_directory(directory)
     place = torch.device(device)
     torch.empty(0, device=place)  # a device that is not there is not the files' fault
-    if not isinstance(dtype, torch.dtype) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"dtype {dtype!r}: 'auto' or a dtype of torch, such as torch.bfloat16")
+    if dtype != "auto":
+        known = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
+        if not isinstance(known, torch.dtype):
+            raise ValueError(f"dtype {dtype!r}: 'auto' or a dtype of torch, such as torch.bfloat16")
+        check_dtype(known)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,

@@ -119,6 +119,12 @@ def weight_dtypes() -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in WEIGHT_DTYPES)
 
 
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raises ValueError for a model's dtype that packed layers do not come in."""
+    if dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"dtype {dtype}: packed layers are {weight_dtypes()}")
+
+
 def attach_mask(module: nn.Module, mask: HardMask) -> None:
     """Remember the mask on the weight parameter, so that `torch.compile(backend="patch")` and `convert` find it.
 

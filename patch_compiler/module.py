@@ -26,6 +26,7 @@ class PatchLinear(nn.Module):
     indices: Tensor
     kinds: Tensor
     panel_starts: Tensor
+    is_part = False  # of a layer that was divided among ranks
 
     def __init__(self, packed: PackedWeight, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -91,6 +92,7 @@ class PatchLinear(nn.Module):
         self.tile_map, self.bias = part.tile_map, of_bias  # all memory is there: nothing can fail from here on
         self.out_features, self.in_features = part.tile_map.shape
         self._hold(part)
+        self.is_part = True
 
     def dense_weight(self) -> Tensor:
         """A dense copy [M, K] with +0.0 in the masked places."""

@@ -24,7 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .checkpoint_file import METHOD, PARTS, PackedLayer, Shards, check_layers, describe, open_shards
 from .hard_mask import HardMask
-from .linears import check_plain, get_linears, is_conv1d, weight_of
+from .linears import check_dtype, check_plain, get_linears, is_conv1d, weight_of
 from .mask_file import load_masks
 from .module import PatchLinear, swap_in_empty
 from .packed import packed_bytes
@@ -83,6 +83,11 @@ class PatchHfQuantizer(HfQuantizer):
                 f"device_map puts layers on {', '.join(sorted(places))}: a packed model cannot be offloaded to the CPU or to "
                 "disk; give it GPUs with more memory together, or load it on the CPU alone"
             )
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Raises ValueError for what packed layers cannot hold, before transformers makes anything of it."""
+        check_dtype(dtype)
+        return dtype
 
     def adjust_max_memory(self, max_memory: dict[str, int | str]) -> dict[str, int | str]:
         """Room for one layer in two layouts at a time, and for the kernels' workspaces."""
@@ -143,6 +148,11 @@ class PatchHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         self._masks, self.quantization_config = {}, PatchConfig(**self.quantization_config.description)  # without masks
+        if (ranks := getattr(model, "_tp_size", None) or 1) > 1:  # its plan divides parameters, packed layers have buffers
+            raise ValueError(
+                f"from_pretrained cannot divide a packed model among {ranks} ranks: load it whole, without tp_plan, and then "
+                "patch_compiler.tensor_parallel.tensor_parallel(model, mesh)"
+            )
         for module in model.modules():
             if isinstance(module, PatchLinear):
                 module.settle()
@@ -154,6 +164,8 @@ class PatchHfQuantizer(HfQuantizer):
         if getattr(model, "_hf_peft_config_loaded", False):  # only its adapters are saved
             return None, {}
         layers = {name: module for name, module in model.named_modules() if isinstance(module, PatchLinear)}
+        if part := next((name for name, module in layers.items() if module.is_part), None):
+            raise ValueError(f"{part!r} is one rank's part of a layer: save the model before it is divided among ranks")
         state = _canonical_state(model, layers)
         state |= {f"{name}.weight": torch.zeros(1, dtype=torch.uint8) for name in layers}
         size = sum(tensor.nbytes for tensor in state.values())

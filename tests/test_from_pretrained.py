@@ -101,6 +101,16 @@ def test_dtypes_and_device_maps(tmp_path: Path, options: dict[str, Any], dtype: 
     assert loaded.float().dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, "float8_e5m2"])
+def test_a_dtype_that_packed_layers_do_not_come_in_is_one_error(tmp_path: Path, dtype: Any) -> None:
+    packed_model("llama").save_pretrained(tmp_path)
+    for read in (load, load_compressed):
+        with pytest.raises(ValueError, match=r"^dtype torch\.float8_\w+: packed layers are bfloat16, float16, float32"):
+            read(tmp_path, dtype=dtype)
+    model = load(tmp_path)
+    assert model.dtype == torch.float32
+
+
 class Allocations(TorchDispatchMode):
     """Bytes of the largest tensor that an operation returned, on no meta device."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,17 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 
 from codegen.formats.slabs import from_slabs
-from patch_compiler import HardMask, PatchLinear, TileKind, TileMap, apply_masks, convert, named_linears, pack
+from patch_compiler import (
+    HardMask,
+    PatchLinear,
+    TileKind,
+    TileMap,
+    apply_masks,
+    convert,
+    named_linears,
+    pack,
+    save_compressed,
+)
 from patch_compiler.linears import weight_of
 from patch_compiler.packed import cut, unpack
 from patch_compiler.stored import store
@@ -119,6 +130,9 @@ def _process(rank: int, ranks: int, file: str, family: str) -> None:
         assert relative_error(model(ids).logits, wanted) < 1e-5
         fast = torch.compile(model, backend="patch", fullgraph=True)
         assert relative_error(fast(ids).logits, wanted) < 1e-5
+        for save in (save_compressed, lambda m, path: m.save_pretrained(path)):
+            with pytest.raises(ValueError, match=r"'model\.layers\.0\.self_attn\.q_proj' is one rank's part of a layer"):
+                save(model, f"{file}-{rank}")
     finally:
         dist.destroy_process_group()
 
@@ -127,6 +141,24 @@ def _process(rank: int, ranks: int, file: str, family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_two_processes_say_what_one_says(family: str, tmp_path: Path) -> None:
     mp.spawn(_process, (2, str(tmp_path / "store"), family), 2)
+
+
+def _load_by_plan(rank: int, ranks: int, directory: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="localhost", MASTER_PORT="0")
+    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=ranks)
+    try:
+        with pytest.raises(ValueError, match=r"cannot divide a packed model among 2 ranks.*tensor_parallel\(model, mesh\)"):
+            transformers.AutoModelForCausalLM.from_pretrained(directory, tp_plan="auto")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_the_plan_of_from_pretrained_is_refused_with_the_way_that_works(tmp_path: Path) -> None:
+    """transformers' own plan divides parameters: the packed layers would stay whole and meet parts of their input."""
+    packed_model().save_pretrained(tmp_path)
+    mp.spawn(_load_by_plan, (2, str(tmp_path)), 2)
 
 
 @pytest.fixture
