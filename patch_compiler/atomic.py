@@ -37,6 +37,17 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         _flush(target.parent)
 
 
+class _Undo(Exception):
+    """Leaves a writer's block."""
+
+
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Raises what `atomic_file` would at the end of long work, now. Leaves nothing behind."""
+    with suppress(_Undo), atomic_file(path) as unfinished:
+        unfinished.touch()
+        raise _Undo
+
+
 @contextmanager
 def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields an empty directory to fill; it becomes `path` at the end. Missing parent directories are made.

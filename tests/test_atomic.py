@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from patch_compiler.atomic import atomic_directory, atomic_file
+from patch_compiler.atomic import atomic_directory, atomic_file, check_file
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -32,6 +32,18 @@ def test_atomic_file_leaves_nothing_half_written(tmp_path: Path, error: type[Bas
         assert (tmp_path / "file").read_text() == "old"
     assert (tmp_path / "file").read_text() == "new"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_file_that_could_not_be_written_is_known_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "old").write_text("old")
+    for name in ("old", "new", "deep/new"):
+        check_file(tmp_path / name)
+    assert [p.name for p in tmp_path.iterdir()] == ["old"]
+    assert (tmp_path / "old").read_text() == "old"
+    with pytest.raises(FileExistsError):
+        check_file(tmp_path / "old" / "file")
+    with pytest.raises(ValueError, match="is a directory"):
+        check_file(tmp_path)
 
 
 @pytest.mark.parametrize(("number", "kept"), [(errno.ENOSPC, "old"), (errno.EIO, "old"), (errno.EINVAL, "new")])

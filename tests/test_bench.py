@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch._dynamo.utils import counters
 
 from patch_compiler import HardMask, PatchLinear, apply_masks, convert, named_linears, save_compressed
 from patch_compiler.bench import __main__ as command
+from patch_compiler.bench import first_call
 from patch_compiler.bench import random_llama as sizes
 from patch_compiler.bench.decoder import Function, GreedyDecoder
 from patch_compiler.bench.page import page
@@ -247,6 +249,64 @@ def test_the_command(named: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "Tokens a second" in html.read_text()
 
 
+def test_first_calls_meet_empty_caches_and_then_full_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATCH_CACHE_DIR", str(tmp_path))
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / "table.json").write_text("{}")
+    seen: list[tuple[list[str], dict[str, list[str]]]] = []
+
+    def run(command: list[str], env: dict[str, str], **_: object) -> subprocess.CompletedProcess[str]:
+        held = {name: sorted(str(p.relative_to(env[name])) for p in Path(env[name]).rglob("*.*")) for name in first_call.CACHES}
+        seen.append((command, held))
+        for name in first_call.CACHES:
+            assert Path(env[name]) != tmp_path
+            Path(env[name]).mkdir(exist_ok=True)
+            (Path(env[name]) / "made.so").touch()
+        out = next(a.removeprefix("-o=") for a in command if a.startswith("-o="))
+        Path(out).write_text(json.dumps({"rows": [{"first_call_s": 9.0 / len(seen)}, {"first_call_s": 99.0}]}))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert first_call.first_calls("some/model", Workload(3, 17, 128, 64), "inductor") == (9.0, 4.5)
+    (command_, cold), (again, warm) = seen
+    assert command_ == again
+    assert {"some/model", "--dense=inductor", "--sparsity=", "--batch=3", "--prompt=17", "--long-prompt=64"} <= set(command_)
+    assert cold == {name: ["tuned/table.json"] if name == "PATCH_CACHE_DIR" else [] for name in first_call.CACHES}
+    assert all("made.so" in files for files in warm.values())
+
+
+def test_a_first_call_that_fails_says_why() -> None:
+    with pytest.raises(ValueError, match="in a process of its own: model 'no/such/model': no such directory"):
+        first_call.first_calls("no/such/model", Workload(1, 2, 2))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_compile_times_go_to_their_variants(
+    packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = str(tmp_path / "model"), tmp_path / "bench.json"
+    if packed:
+        save_compressed(convert(masked(tiny())), source)
+    else:
+        tiny().save_pretrained(source)
+    monkeypatch.setattr(command, "measure", lambda made, *_: [Runs(v, 1.0, None, [0.1], [0.2]) for v in made])
+    known = {"inductor": (40.0, 4.0), "": (30.0, 3.0), "0.25": (20.0, 2.0), "0.5": (10.0, 1.0)}
+    monkeypatch.setattr(command, "first_calls", lambda _, __, dense, sparsity: known[dense or sparsity])
+    arguments = ["--dense=eager,inductor", "--sparsity=0.25,0.5", "--compile-time", "-o", str(out)]
+    assert command.main([source, *arguments]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    wanted = [(None, None), (40.0, 4.0), *([(30.0, 3.0)] if packed else [(20.0, 2.0), (10.0, 1.0)])]
+    assert [(row["first_call_cold_s"], row["first_call_warm_s"]) for row in rows] == wanted
+    assert {"cold", "warm"} <= set(capsys.readouterr().out.split())
+
+
+@pytest.mark.slow
+def test_full_caches_save_time(tmp_path: Path) -> None:
+    convert(masked(tiny())).save_pretrained(tmp_path)
+    cold, warm = first_call.first_calls(str(tmp_path), Workload(2, 5, 3))
+    assert 0 < warm < cold
+
+
 def test_the_command_says_whose_masks_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_compressed(convert(masked(tiny())), tmp_path / "packed")
     arguments = ["--batch=1", "--prompt=2", "--new=1", "--long-prompt=0", "--rounds=1", "--dense=eager"]
@@ -288,6 +348,16 @@ def test_bad_requests(named: str, arguments: list[str], reason: str, capsys: pyt
     with pytest.raises(SystemExit, match="2"):
         sys.exit(command.main(arguments))
     assert re.search(reason, capsys.readouterr().err)
+
+
+def test_an_output_that_cannot_be_written_is_known_at_once(
+    named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "load", lambda *_: pytest.fail("its weights were made"))
+    (tmp_path / "file").touch()
+    for option in ("-o", "--page"):
+        assert command.main([named, option, str(tmp_path / "file" / "out")]) == 2
+        assert "File exists" in capsys.readouterr().err
 
 
 def test_a_large_model_needs_a_gpu(named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

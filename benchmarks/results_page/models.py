@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from patch_compiler.bench.__main__ import COLUMNS, rows_of
+from patch_compiler.bench.__main__ import table_of
 from patch_compiler.bench.page import CHARTS
 
 from ..charts import Bar, bar_chart
@@ -42,4 +42,5 @@ def _what(record: Record) -> str:
 
 
 def _measured(record: Record) -> tuple[str, str]:
-    return f"{where_from(record)}\n{_what(record)}. {record['note']}", markdown_table(COLUMNS, rows_of(record))
+    cells, columns = table_of(record)
+    return f"{where_from(record)}\n{_what(record)}. {record['note']}", markdown_table(columns, cells)

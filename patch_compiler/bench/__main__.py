@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 
-from patch_compiler.atomic import atomic_file
+from patch_compiler.atomic import atomic_file, check_file
 from patch_compiler.provenance import provenance, write_results
 from patch_compiler.text_table import human_bytes, table
 
+from .first_call import first_calls
 from .page import page
 from .random_llama import SIZES
 from .rounds import Workload, measure
-from .variants import DENSE, is_packed, load, parameter_count, variants
+from .variants import DENSE, comes_packed, is_packed, load, parameter_count, variants
 
 COLUMNS = (
     "variant",
@@ -34,13 +35,15 @@ COLUMNS = (
     "peak",
     "first call s",
 )
+COMPILE_COLUMNS = {"cold s": "first_call_cold_s", "warm s": "first_call_warm_s"}
 LARGEST_ON_CPU = 500e6  # parameters
 BASELINE = "dense, inductor"
 
 
-def rows_of(record: Mapping[str, Any]) -> list[tuple[object, ...]]:
-    """The table's cells; x: over dense Inductor, or over the first variant where that was not asked for."""
+def table_of(record: Mapping[str, Any]) -> tuple[list[tuple[object, ...]], list[str]]:
+    """The table's cells and columns; x: over dense Inductor, or over the first variant where that was not asked for."""
     rows = record["rows"]
+    timed = {column: key for column, key in COMPILE_COLUMNS.items() if any(row.get(key) is not None for row in rows)}
     base = next((row for row in rows if row["name"] == BASELINE), rows[0])
 
     def ratio(row: Mapping[str, Any], key: str, faster_is_more: bool) -> str:
@@ -51,15 +54,17 @@ def rows_of(record: Mapping[str, Any]) -> list[tuple[object, ...]]:
     def number(value: float | None, places: int) -> str:
         return "-" if value is None else f"{value:.{places}f}"
 
-    return [
+    cells = [
         (
             row["name"], number(row["tokens_per_s"], 1), ratio(row, "tokens_per_s", True), number(row["step_ms"], 3),
             ratio(row, "step_ms", False), number(row["first_token_ms"], 2), number(row["long_first_token_ms"], 2),
             number(row["weights_gb_s"], 0), human_bytes(row["weight_bytes"]),
             "-" if row["peak_bytes"] is None else human_bytes(row["peak_bytes"]), number(row["first_call_s"], 1),
+            *(number(row.get(key), 1) for key in timed.values()),
         )
         for row in rows
     ]  # fmt: skip
+    return cells, [*COLUMNS, *timed]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,14 +76,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if device.type == "cpu" and parameter_count(args.model) > LARGEST_ON_CPU:
             print("error: there is no GPU here; without one only models below 0.5 billion parameters are run", file=sys.stderr)
             return 2
+        for path in (args.output, args.page):
+            if path is not None:
+                check_file(path)
+        work = Workload(args.batch, args.prompt, args.new, args.long_prompt)
+        compiling = _compile_times(args, work) if args.compile_time else []  # before weights of this process fill the GPU
         model = load(args.model, device, dtype)
         made = variants(model, args.sparsity, args.dense)
         if not made:
             raise ValueError("--sparsity and --dense name nothing to measure")
         came_packed = is_packed(model)
         del model  # where only packed copies are measured, nothing else needs the dense weights
-        work = Workload(args.batch, args.prompt, args.new, args.long_prompt)
-        found = measure(made, work, args.rounds, lambda line: print(line, file=sys.stderr, flush=True))
+        found = measure(made, work, args.rounds, _say)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -93,9 +102,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "model": args.model, "note": note, "workload": asdict(work), "dtype": str(dtype).removeprefix("torch."),
         "rows": [runs.record(work) for runs in found],
     }  # fmt: skip
+    if compiling:
+        for row, seconds in zip(record["rows"], compiling, strict=True):
+            row.update(zip(COMPILE_COLUMNS.values(), seconds, strict=True))
     facts = provenance("patch_compiler.bench", arguments)
     print(f"{args.model} on {facts['device']}: batch {work.batch}, {work.prompt} tokens in, {work.new} out. {note}")
-    print(table(rows_of(record), COLUMNS))
+    print(table(*table_of(record)))
     if args.output is not None:
         write_results(args.output, facts, record)
     if args.page is not None:
@@ -122,13 +134,31 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="time the first token of one sequence of so many tokens too; 0: do not (%(default)s)",
     )  # fmt: skip
     parser.add_argument("--rounds", type=_count, default=5, help="times that each variant is timed (%(default)s)")
+    parser.add_argument(
+        "--compile-time", action="store_true",
+        help="time each first call with empty caches and again with full ones, in processes of their own (minutes a variant)",
+    )  # fmt: skip
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="the numbers, as JSON")
     parser.add_argument("--page", type=Path, metavar="FILE", help="the numbers, as an HTML page")
-    args = parser.parse_args(argv)
-    for path in (args.output, args.page):
-        if path is not None and path.is_dir():  # before anything is measured
-            parser.error(f"{path}: is a directory, a file is to be written there")
-    return args
+    return parser.parse_args(argv)
+
+
+def _compile_times(args: argparse.Namespace, work: Workload) -> list[tuple[float | None, float | None]]:
+    """Cold and warm seconds of every variant, in the order of `variants`."""
+    packed = [""] if comes_packed(args.model) else [str(share) for share in args.sparsity]
+    found: list[tuple[float | None, float | None]] = []
+    for dense, sparsity in [*((name, "") for name in args.dense), *(("", share) for share in packed)]:
+        if dense == "eager":  # compiles nothing
+            found.append((None, None))
+            continue
+        found.append(first_calls(args.model, work, dense, sparsity))
+        what = f"dense, {dense}" if dense else f"patch {sparsity}".rstrip()
+        _say(f"{what}: first call {found[-1][0]:.1f} s with empty caches, {found[-1][1]:.1f} s with full ones")
+    return found
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _shares(text: str) -> tuple[float, ...]:

@@ -14,6 +14,8 @@ CHARTS = (
     ("First token of a long prompt", "long_first_token_ms", 1.0, "ms"),
     ("Weights", "weight_bytes", 1e9, "GB"),
     ("Peak memory", "peak_bytes", 1e9, "GB"),
+    ("First call in a new process, empty caches", "first_call_cold_s", 1.0, "s"),
+    ("First call in a new process, full caches", "first_call_warm_s", 1.0, "s"),
 )
 STYLE = """
 :root { color-scheme: light dark; --bar: #1b6ca8; --dense: #999; }

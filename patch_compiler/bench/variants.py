@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor, nn
 from torch._inductor import list_mode_options
 
+from patch_compiler.checkpoint_file import METHOD
 from patch_compiler.conversion import convert
 from patch_compiler.model_source import model_source
 from patch_compiler.module import PatchLinear
@@ -55,6 +56,15 @@ def parameter_count(source: str) -> int:
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)
     return sum(p.numel() for p in model.parameters())
+
+
+def comes_packed(source: str) -> bool:
+    """Whether what `source` names is packed, from its config alone."""
+    if source in SIZES:
+        return False
+    described: Any = getattr(transformers.AutoConfig.from_pretrained(_location(source)), "quantization_config", None)
+    method = described.get("quant_method") if isinstance(described, dict) else getattr(described, "quant_method", None)
+    return bool(method == METHOD)
 
 
 def _location(source: str) -> str:
