@@ -4,7 +4,7 @@
 
 Random weights, maps of the published allocation. Each load is `AutoModelForCausalLM.from_pretrained` in a process of its own,
 in turns, imports not counted. The files have just been written, so the system may still hold them: that favours neither.
-Without a GPU the model is loaded to the CPU; name a small one then, such as smollm2-135m.
+Without a GPU the model is loaded to the CPU: a small one then, such as smollm2-135m, others are refused.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ import transformers.models.llama.modeling_llama  # noqa: F401  now, not inside w
 from transformers import AutoModelForCausalLM
 
 from patch_compiler import convert
+from patch_compiler.bench.__main__ import LARGEST_ON_CPU
 from patch_compiler.bench.published_maps import published_masks
 from patch_compiler.bench.random_llama import SIZES, Size, random_llama
-from patch_compiler.bench.variants import weight_bytes
+from patch_compiler.bench.variants import parameter_count, weight_bytes
 from patch_compiler.provenance import provenance, write_results
 from patch_compiler.text_table import human_bytes, table
 
@@ -83,6 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.read:
         print(json.dumps(read(args.read)))
         return 0
+    if device().type == "cpu" and parameter_count(args.model) > LARGEST_ON_CPU:
+        print(f"{args.model} is for a GPU; without one name a model below 0.5 billion: smollm2-135m", file=sys.stderr)
+        return 2
     with tempfile.TemporaryDirectory(dir=args.directory) as name:
         directory = Path(name)
         _child([args.model, "--sparsity", str(args.sparsity), "--write", name])

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+import torch
+
 from benchmarks import load_time
 from patch_compiler.bench.random_llama import Size
 
@@ -27,3 +30,10 @@ def test_the_summary_takes_the_median_time_and_the_worst_memory() -> None:
     assert found == {
         "seconds": 2, "all_seconds": [3, 1, 2], "weight_bytes": 5, "gpu_peak_bytes": None, "process_peak_bytes": 9,
     }  # fmt: skip
+
+
+def test_a_large_model_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(load_time, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(load_time, "_child", lambda _: pytest.fail("its weights were made"))
+    assert load_time.main([]) == 2
+    assert "llama-2-7b is for a GPU" in capsys.readouterr().err
