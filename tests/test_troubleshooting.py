@@ -9,9 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from benchmarks.readme import ROOT
-from patch_compiler import explanation
+from patch_compiler import convert, explanation, named_linears
+
+from .models import tiny_model
+from .strategies import random_hard_mask
 
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 PLAIN = " ".join(PAGE.split())
@@ -146,3 +150,18 @@ def _rows(text: str) -> list[list[str]]:
     return [[lines[0]]] + [
         [line[a:b].strip() for i, (a, b) in enumerate(columns) if i not in counts] for line in lines[1:] if line != rule
     ]
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(("dynamic", "graphs", "word"), [(None, 6, "six graphs"), (True, 4, "`dynamic=True` four")])
+def test_as_many_graphs_as_the_page_says_meet_all_sizes(dynamic: bool | None, graphs: int, word: str) -> None:
+    assert word in PLAIN
+    model = tiny_model("llama")
+    convert(model, {n: random_hard_mask(tuple(m.weight.shape), 16) for n, m in named_linears(model).items() if "layers" in n})
+    fast = torch.compile(model, backend="eager", dynamic=dynamic, fullgraph=True)  # Dynamo decides, whatever compiles after it
+    before = counters["stats"]["unique_graphs"]
+    sizes = [(2, 9), (2, 17), (3, 9), (1, 9), (2, 1), (1, 1), (4, 30), (1, 40), (7, 1), (64, 2), (1, 1)]
+    with torch.no_grad():
+        for size in sizes:
+            fast(torch.zeros(size, dtype=torch.long), use_cache=False)
+    assert counters["stats"]["unique_graphs"] - before == graphs
