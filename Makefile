@@ -51,6 +51,7 @@ gpu: $(NEEDS_TOOLS)
 	$(RUN) -m benchmarks.one_shot_cost
 	$(RUN) -m benchmarks.load_time
 	$(RUN) -m benchmarks.soak
+	$(RUN) -m benchmarks.step_profile
 	$(RUN) -m patch_compiler.bench llama-2-7b --batch 16 --long-prompt 2048 --sparsity 0.25,0.35,0.45 --dense inductor \
 		--output "$$($(RUN) -c 'from benchmarks.results_file import results_file as f; print(f("bench-llama-2-7b"))')"
 

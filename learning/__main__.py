@@ -29,7 +29,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = _Parser(
-        prog="python -m learning", description="Prune language models into dense and 2:4 tiles, refit, measure and convert them."
+        prog="python -m learning", description="Make language models sparse in dense and 2:4 tiles, measure and convert them."
     )
     parser.add_argument("--debug", action="store_true", help="show Python's traceback and the libraries' messages")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
