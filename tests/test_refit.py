@@ -84,10 +84,11 @@ def test_it_beats_the_sweep_of_sparsegpt() -> None:
 
 
 def test_more_rows_than_go_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refit_module, "TOLERANCE", 1e-12)  # rows that go together end together
     weight, keep, statistics = torch.randn(50, 33), torch.rand(50, 33) < 0.5, statistics_of(correlated_inputs(90, 33))
     whole = refit_weight(weight, keep, statistics)
     monkeypatch.setattr(refit_module, "ROWS", 7)
-    assert relative_error(refit_weight(weight, keep, statistics), whole) < 1e-3
+    assert relative_error(refit_weight(weight, keep, statistics), whole) < 1e-4
 
 
 def test_what_cannot_be_refitted_stays_as_it_is() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import sys
 from importlib.util import find_spec
@@ -172,9 +173,13 @@ def test_kept_activations_of_shared_logits_give_the_same_bits(results):
 
 def test_one_process_resumes_what_two_began_where_it_can(results, seed):
     directory = results[0]["directory"]
-    alone = Run("tile", seed)
-    alone.train(directory / "tile", resume=True)
-    assert same_bits(alone.learned(), results[0]["tile, run"][0])
+    for mode in ("tile", "joint"):  # both have ended
+        alone = Run(mode, seed)
+        assert alone.train(directory / mode, resume=True).tokens == 0
+        assert same_bits(alone.learned(), results[0][f"{mode}, run"][0])
+    for step in (directory / "joint" / "checkpoints").iterdir():
+        if int(step.name.removeprefix("step-")) == Run("joint", seed).config.steps:
+            shutil.rmtree(step)
     with pytest.raises(ValueError, match="shared out over 2 processes, this run has 1"):
         Run("joint", seed).train(directory / "joint", resume=True)
 
