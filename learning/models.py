@@ -36,6 +36,10 @@ class LoadedModel:
     name: str
     note: str | None = None
 
+    def introduced(self) -> str:
+        """Name, note and dtype on one line, as the commands begin."""
+        return f"{self.name}{f' ({self.note})' if self.note else ''}, {str(self.model.dtype).removeprefix('torch.')}"
+
 
 def load_model(
     name_or_path: str | os.PathLike[str], dtype: torch.dtype | None = None, device: torch.device | str = "cpu"

@@ -221,7 +221,7 @@ class _Command:
     def describe(self, loaded: LoadedModel, tokens: TokenFile, windows: int) -> None:
         config, world = self.config, self.ranks.world
         seen = config.steps * config.batch
-        print(f"{loaded.name}{f' ({loaded.note})' if loaded.note else ''}, {str(loaded.model.dtype).removeprefix('torch.')}")
+        print(loaded.introduced())
         print(
             f"{_METHODS[config.mode]}: {config.steps} steps of {config.batch} windows of {config.context} tokens, "
             f"{world} process{'es' if world > 1 else ''}, run {self.directory}"

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
     if METHODS[args.method].needs != "nothing":
         windows = calibration_windows(args, loaded)
     training = _training(args, model, windows)
-    print(f"{loaded.name}{f' ({loaded.note})' if loaded.note else ''}, {str(model.dtype).removeprefix('torch.')}")
+    print(loaded.introduced())
     print(f"calibration: {describe_calibration(args, windows)}")
     if training is not None:
         print(f"training: {training.steps} steps, learning rate {training.lr:g}, penalty {training.penalty:.4g}")

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     loaded = load_model(args.model, DTYPES[args.dtype])
     check_space(args.output, loaded.model, sparsity_of(mask.tile_map for mask in masks.values()))
     windows = calibration_windows(args, loaded)
-    print(f"{loaded.name}{f' ({loaded.note})' if loaded.note else ''}, {str(loaded.model.dtype).removeprefix('torch.')}")
+    print(loaded.introduced())
     print(f"masks: {args.masks.name}, {len(masks)} layers\ncalibration: {describe_calibration(args, windows)}")
     result = refit(loaded.model, masks, windows, device=default_device(args.device), progress=not args.quiet)
     settings = {
