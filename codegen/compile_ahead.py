@@ -1,16 +1,20 @@
-"""Compile kernels in processes of their own, so that Triton's cache on disk is warm when they are first run.
+"""Compile kernels before they are first run: many in processes of their own, so that Triton's cache on disk is warm, or a few
+in threads, while this one does something else (LLVM and ptxas do not hold Python's lock).
 
-Not forked ones: whatever this process has already started, CUDA or a pool of threads, would not survive a fork.
+The processes are not forked ones: whatever this one has started, CUDA or a pool of threads, would not survive a fork.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 
@@ -19,6 +23,9 @@ from codegen.fit import scattered
 from codegen.runtime import Layer
 from codegen.tuning import plain_schedule, read_schedule
 
+log = logging.getLogger(__name__)
+
+_THREADS = 8  # more do not help: the first steps of a compilation hold Python's lock
 _WORKERS = 16  # each takes half a gigabyte of the GPU's memory
 _PATIENCE = 150.0  # seconds; what is not compiled by then is compiled when it is first run
 
@@ -46,9 +53,38 @@ def compile_all(kernels: Iterable[Specialisation]) -> None:
             child.wait()
 
 
+@contextmanager
+def compiling(kernels: Mapping[torch.device, Iterable[Specialisation]]) -> Iterator[None]:
+    """Compile kernels in threads while the body runs; left when both are done.
+
+    What fails is left to whoever runs it, who can say what runs instead.
+    """
+    wanted = [(kernel, device) for device, some in kernels.items() for kernel in some]
+    if not wanted:
+        yield
+        return
+    pool = ThreadPoolExecutor(min(_THREADS, len(wanted), len(os.sched_getaffinity(0))), "patch-compile")
+    try:
+        futures = [pool.submit(_run_tiny, kernel, device) for kernel, device in wanted]
+        yield
+        for future in futures:
+            if (error := future.exception()) is not None:
+                log.info("not compiled ahead: %s", error)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def _compile(kernels: Iterable[Specialisation], device: torch.device) -> None:
-    """Run each once on a tiny layer; the module and the binary are the same as a large one's."""
     for kernel in kernels:
+        try:
+            _run_tiny(kernel, device)
+        except Exception as error:
+            print(f"{kernel.schedule}: {' '.join(str(error).split())[:300]}", file=sys.stderr, flush=True)
+
+
+def _run_tiny(kernel: Specialisation, device: torch.device) -> None:
+    """Run it once on a tiny layer; the module and the binary are the same as a large one's."""
+    with torch.cuda.device(device), torch.no_grad():
         layer = _tiny(kernel, device)
         (out_features, in_features), dtype, map_ = layer.tile_map.shape, layer.dtype, layer.map
         values = torch.zeros(map_.slabs, map_.rows, 64, dtype=dtype, device=device)
@@ -56,12 +92,9 @@ def _compile(kernels: Iterable[Specialisation], device: torch.device) -> None:
         x = torch.zeros(3, in_features, dtype=dtype, device=device)
         y = torch.zeros(3, out_features // 2 if kernel.gated else out_features, dtype=dtype, device=device)
         bias = torch.zeros(out_features, dtype=dtype, device=device) if kernel.bias else None
-        try:
-            layer.run(y, x, values, metadata, bias, schedule=kernel.schedule, gated=kernel.gated)
-            layer.dense(values, metadata)
-            torch.cuda.synchronize()
-        except Exception as error:
-            print(f"{kernel.schedule}: {' '.join(str(error).split())[:300]}", file=sys.stderr, flush=True)
+        layer.run(y, x, values, metadata, bias, schedule=kernel.schedule, gated=kernel.gated)
+        layer.dense(values, metadata)
+        torch.cuda.synchronize()
 
 
 def _tiny(kernel: Specialisation, device: torch.device) -> Layer:

@@ -77,6 +77,16 @@ class Layer:
             self._choices[tokens, dense_weight] = found
         return found
 
+    def kernel_for(self, tokens: int, *, bias: bool, dense_weight: bool, gated: bool) -> emit.Specialisation | None:
+        """What `run` compiles for so many tokens; None where a dense GEMM runs."""
+        schedule = self.schedule(tokens, dense_weight)
+        if not isinstance(schedule, Fused):
+            return None
+        return self._specialisation(schedule, bias, gated and isinstance(schedule, Decode) and schedule.can_gate)
+
+    def _specialisation(self, schedule: Fused, bias: bool, gated: bool) -> emit.Specialisation:
+        return emit.Specialisation(schedule, self.map.rows, str(self.dtype).removeprefix("torch."), bias, gated)
+
     def run(
         self, y: Tensor, x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, dense: Sequence[Tensor] = (),
         schedule: Schedule | None = None, *, gated: bool = False,
@@ -167,11 +177,11 @@ class Layer:
 
     def _prepare(self, s: Decode, bias: bool, gated: bool) -> _Launch:
         """Check, plan and emit, once. Raises ValueError if the schedule is illegal here."""
-        problem = self._legal(s, bias)
+        self._legal(s, bias)
         with self._lock:
             found = self._launches.get((s, bias, gated))
             if found is None:
-                what = emit.Specialisation(s, self.map.rows, problem.dtype, bias, gated)
+                what = self._specialisation(s, bias, gated)
                 options: dict[str, Any] = {"num_warps": what.warps}
                 if s.early_start:
                     options["launch_pdl"] = True

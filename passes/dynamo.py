@@ -76,6 +76,15 @@ def add_buffer(graph_module: fx.GraphModule, name: str, tensor: Tensor) -> fx.No
     return node
 
 
+def sizes_seen(node: fx.Node) -> tuple[int, ...] | None:
+    """The shape of a node's value when Dynamo traced it, also where it is symbolic; None where it was not seen."""
+    example = node.meta.get("example_value")
+    if not isinstance(example, Tensor):
+        return None
+    sizes = [s.node.hint if isinstance(s, torch.SymInt) else s for s in example.shape]
+    return None if None in sizes else tuple(int(s) for s in sizes)
+
+
 def stretches(graph: fx.Graph) -> dict[fx.Node, int]:
     """Numbers of the stretches of the graph inside which a call may be moved: nothing is written in place between two nodes
     of one, and no mode (autocast, grad) begins or ends. A Dynamo graph is not functional yet."""

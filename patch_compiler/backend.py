@@ -14,8 +14,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
+from codegen.compile_ahead import compiling
 from passes import Linear, Options, run_passes
 from passes.dynamo import copy_moved, inputs_as_traced
+from passes.kernels_needed import kernels_needed
 from passes.masked_weight import MaskedWeight, refresh_all
 
 from . import explanation, ops
@@ -90,7 +92,8 @@ def patch_backend(
     _record(linears, graph_module, example_inputs)
     watched = _watched(linears, graph_module)  # before compile_fx, which owns the graph from then on
     inputs = inputs_as_traced(graph_module, example_inputs)
-    compiled = cast(Callable[..., Any], compile_fx(graph_module, inputs, config_patches=patches))
+    with compiling(kernels_needed(graph_module, example_inputs)):
+        compiled = cast(Callable[..., Any], compile_fx(graph_module, inputs, config_patches=patches))
     return _checked(compiled, original, watched, ours) if watched else compiled
 
 

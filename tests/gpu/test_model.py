@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from torch import nn
+from triton import knobs
 
+from codegen import emit
 from codegen.gpu import this_gpu
 from patch_compiler import apply_masks, convert, explain, named_linears
 from patch_compiler.linears import weight_of
@@ -73,6 +77,26 @@ def test_logits_in_bf16(way: str, hidden: int, kv_heads: int) -> None:
     assert sum("one launch with up_proj" in site.reason for site in sites) == 3
     by_hopper = this_gpu().order == "rows"
     assert sum("ends with silu and the product" in site.reason for site in sites) == (6 if by_hopper else 0)
+
+
+@torch.no_grad()
+def test_kernels_are_compiled_while_inductor_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is left for the first run, which is in the main thread."""
+    model = convert(small_llama(torch.bfloat16, 512, 8, 4))
+    compiled: list[tuple[str, bool]] = []
+
+    def listen(src, metadata, metadata_group, times, cache_hit) -> None:
+        if not cache_hit:
+            compiled.append((metadata["name"], threading.current_thread() is threading.main_thread()))
+
+    monkeypatch.setattr(emit, "_loaded", {})
+    monkeypatch.setattr(knobs.compilation, "listener", listen)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for length in (1, 300):
+        torch.compile(model, backend="patch", dynamic=False)(torch.randint(3, 512, (1, length), device="cuda"))
+    ours = [(name, in_main) for name, in_main in compiled if name.endswith(("_decode", "_prefill"))]
+    assert len(ours) >= 2, compiled
+    assert not any(in_main for _, in_main in ours), compiled
 
 
 def allocated() -> int:
