@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from learning.soft_masks.learn_config import LearnConfig
 from learning.soft_masks.learned_masks import LearnedMasks
 from learning.soft_masks.priors import find_start
 from learning.token_file import TokenFile
-from learning.training.distributed import whole
+from learning.training.distributed import Ranks, processes, whole
 from learning.training.loop import TrainResult, train
+from learning.training.stop_request import STOP_FILE, Stopped
 
 from .tiny import tiny_llama
 
@@ -71,6 +73,46 @@ def start(work: Callable[..., None], *arguments: Any) -> Any:
 def _alone(work: Callable[..., None], *arguments: Any) -> None:
     torch.set_num_threads(1)
     work(*arguments)
+
+
+def together(work: Callable[..., Any], world: int, directory: Path, *arguments: Any) -> list[Any]:
+    """What `work(ranks, directory, *arguments)` returned in each of several processes of one run, on CPUs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [start(_one_of, rank, world, port, work, directory, *arguments) for rank in range(world)]
+    try:
+        for process in started:
+            process.join(200)
+            assert process.exitcode == 0
+    finally:
+        for process in started:
+            process.kill()
+    return [torch.load(directory / f"{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def _one_of(rank: int, world: int, port: int, work: Callable[..., Any], directory: Path, *arguments: Any) -> None:
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }  # fmt: skip
+    with processes(torch.device("cpu")) as ranks:
+        result = work(ranks, directory, *arguments)
+    torch.save(result, directory / f"{rank}.pt")
+
+
+def stop_after(steps: int, run: Run, directory: Path, ranks: Ranks | None = None) -> None:
+    """Train until a file asks for an end in the middle of a step."""
+    original = run.masks.sample
+
+    def sample(step: int, number: int) -> None:
+        if step == steps - 1 and (ranks is None or ranks.first):  # only one process knows
+            (directory / STOP_FILE).touch()
+        original(step, number)
+
+    run.masks.sample = sample  # type: ignore[method-assign]
+    with pytest.raises(Stopped, match=f"after step {steps}"):
+        run.train(directory, ranks=ranks)
 
 
 def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import socket
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,9 +13,8 @@ import torch
 
 from learning.training.distributed import Ranks, local_part, processes, whole
 from learning.training.optimizer import LearnedOptimizer
-from learning.training.stop_request import STOP_FILE, Stopped
 
-from .learning_runs import Run, same_bits, start
+from .learning_runs import Run, same_bits, stop_after, together
 
 WORLD = 2
 CASES: dict[str, dict[str, Any]] = {
@@ -51,36 +48,31 @@ def first_gradient(run: Run, ranks: Ranks) -> list[torch.Tensor]:
     return found
 
 
-def work(rank: int, directory: Path, seed: int, port: int) -> None:
+def work(ranks: Ranks, directory: Path, seed: int) -> dict[str, Any]:
     """What each of the processes does."""
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }  # fmt: skip
     results: dict[str, Any] = {"directory": directory}
-    with processes(torch.device("cpu")) as ranks:
-        for name, case in CASES.items():
-            results[name] = first_gradient(Run(seed=seed, **case), ranks)
-        for mode in ("tile", "joint"):
-            run = Run(mode, seed)
-            reported = run.train(ranks=ranks, validation=run.validation)
-            results[f"{mode}, run"] = (run.learned(), reported.validations, reported.loss, run.masks.harden().moved)
-            if run.masks.parameters_to_train()[-1]["params"][0].dim() == 3:
-                part, all_of_it = run.masks.parameters_to_train()[-1]["params"][0], 6 * 32 * 8
-                assert local_part(part.detach()).numel() == all_of_it // WORLD
-            results[f"{mode}, stopped and resumed"] = stopped_and_resumed(mode, seed, directory / mode, ranks)
-        kept = Run("joint", seed)
-        results["joint, activations kept"] = kept.train(ranks=ranks, recompute=False).loss, kept.learned()
-        with pytest.raises(ValueError, match="compiled: not with pattern logits that several processes share"):
-            Run("joint", seed).train(ranks=ranks, compiled=True)
-        with torch.compiler.set_stance("force_eager"):
-            results["compact"] = compact(seed, ranks)
-        results["gathered"] = ranks.gather(rank)
-        with pytest.raises(ValueError, match="it broke" if rank == 0 else "process 0 failed: ValueError: it broke"):
-            ranks.first_does(fail)
-        with pytest.raises(ValueError, match="not a multiple of 8"):
-            Run("tile", seed, micro_batch=4).train(ranks=ranks)
-    torch.save(results, directory / f"{rank}.pt")
+    for name, case in CASES.items():
+        results[name] = first_gradient(Run(seed=seed, **case), ranks)
+    for mode in ("tile", "joint"):
+        run = Run(mode, seed)
+        reported = run.train(ranks=ranks, validation=run.validation)
+        results[f"{mode}, run"] = (run.learned(), reported.validations, reported.loss, run.masks.harden().moved)
+        if run.masks.parameters_to_train()[-1]["params"][0].dim() == 3:
+            part, all_of_it = run.masks.parameters_to_train()[-1]["params"][0], 6 * 32 * 8
+            assert local_part(part.detach()).numel() == all_of_it // WORLD
+        results[f"{mode}, stopped and resumed"] = stopped_and_resumed(mode, seed, directory / mode, ranks)
+    kept = Run("joint", seed)
+    results["joint, activations kept"] = kept.train(ranks=ranks, recompute=False).loss, kept.learned()
+    with pytest.raises(ValueError, match="compiled: not with pattern logits that several processes share"):
+        Run("joint", seed).train(ranks=ranks, compiled=True)
+    with torch.compiler.set_stance("force_eager"):
+        results["compact"] = compact(seed, ranks)
+    results["gathered"] = ranks.gather(ranks.rank)
+    with pytest.raises(ValueError, match="it broke" if ranks.first else "process 0 failed: ValueError: it broke"):
+        ranks.first_does(fail)
+    with pytest.raises(ValueError, match="not a multiple of 8"):
+        Run("tile", seed, micro_batch=4).train(ranks=ranks)
+    return results
 
 
 def fail() -> None:
@@ -96,17 +88,7 @@ def compact(seed: int, ranks: Ranks) -> dict[str, torch.Tensor] | None:
 
 
 def stopped_and_resumed(mode: str, seed: int, directory: Path, ranks: Ranks) -> dict[str, torch.Tensor]:
-    run = Run(mode, seed)
-    original = run.masks.sample
-
-    def sample(step: int, number: int) -> None:
-        if step == 2 and ranks.first:  # only one process knows
-            (directory / STOP_FILE).touch()
-        original(step, number)
-
-    run.masks.sample = sample  # type: ignore[method-assign]
-    with pytest.raises(Stopped, match="after step 3"):
-        run.train(directory, ranks=ranks)
+    stop_after(3, Run(mode, seed), directory, ranks)
     resumed = Run(mode, seed)
     resumed.train(directory, ranks=ranks, resume=True)
     return resumed.learned()
@@ -119,19 +101,7 @@ def seed() -> int:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, seed) -> list[dict[str, Any]]:
-    directory = tmp_path_factory.mktemp("processes")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = [start(work, rank, directory, seed, port) for rank in range(WORLD)]
-    try:
-        for process in started:
-            process.join(200)
-            assert process.exitcode == 0
-    finally:
-        for process in started:
-            process.kill()
-    return [torch.load(directory / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+    return together(work, WORLD, tmp_path_factory.mktemp("processes"), seed)
 
 
 @pytest.mark.parametrize("name", CASES)
