@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -141,17 +140,11 @@ def test_kept_activations_of_shared_logits_give_the_same_bits(results):
         assert same_bits(learned, result["joint, run"][0])
 
 
-def test_one_process_resumes_what_two_began_where_it_can(results, seed):
-    directory = results[0]["directory"]
-    for mode in ("tile", "joint"):  # both have ended
+def test_one_process_writes_what_two_have_ended(results, seed):
+    for mode in ("tile", "joint"):
         alone = Run(mode, seed)
-        assert alone.train(directory / mode, resume=True).tokens == 0
+        assert alone.train(results[0]["directory"] / mode, resume=True).tokens == 0
         assert same_bits(alone.learned(), results[0][f"{mode}, run"][0])
-    for step in (directory / "joint" / "checkpoints").iterdir():
-        if int(step.name.removeprefix("step-")) == Run("joint", seed).config.steps:
-            shutil.rmtree(step)
-    with pytest.raises(ValueError, match="shared out over 2 processes, this run has 1"):
-        Run("joint", seed).train(directory / "joint", resume=True)
 
 
 def test_compact_logits_are_learned_in_parts(results, seed):

@@ -145,7 +145,8 @@ def test_what_is_not_the_same_run_is_refused(tmp_path, seed):
         other.train(tmp_path, resume=True)
 
 
-def test_other_processes_can_end_a_run_but_not_go_on_with_parts_of_its_optimizer(tmp_path, seed):
+@pytest.mark.filterwarnings("ignore:.*the same but for rounding")
+def test_other_processes_end_a_run_without_its_optimizer_and_do_not_go_on_without(tmp_path, seed):
     run = Run("joint", seed, steps=2)
     run.train(tmp_path, save_every=1)
     for state in tmp_path.glob("checkpoints/*/state.json"):
@@ -155,7 +156,7 @@ def test_other_processes_can_end_a_run_but_not_go_on_with_parts_of_its_optimizer
     assert ended.train(tmp_path, resume=True).tokens == 0
     assert same_bits(ended.learned(), run.learned())
     shutil.rmtree(tmp_path / "checkpoints" / "step-00000002")
-    with pytest.raises(ValueError, match="shared out over 2 processes, this run has 1"):
+    with pytest.raises(ValueError, match=r"step-00000001: its optimizer-0.pt cannot be read .* remove that directory"):
         Run("joint", seed, steps=2).train(tmp_path, resume=True)
 
 

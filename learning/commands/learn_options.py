@@ -108,7 +108,11 @@ def add_options(parser: Any) -> None:
 
     run = parser.add_argument_group("run")
     run.add_argument("--run-dir", metavar="DIR", type=Path, help="checkpoints and metrics; default OUT.run")
-    run.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in DIR, if there is one")
+    run.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint in DIR, if there is one; with any number of processes",
+    )
     run.add_argument("--validate-every", metavar="STEPS", type=positive, default=100, help="default 100")
     run.add_argument("--save-every", metavar="STEPS", type=positive, default=100, help="default 100; two are kept")
     run.add_argument("--tensorboard", action="store_true", help="write TensorBoard's files into DIR")

@@ -116,6 +116,14 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def extent_of(tensor: Tensor) -> tuple[slice, ...]:
+    """Where that lies in the whole tensor; an empty part starts somewhere."""
+    if not isinstance(tensor, DTensor):
+        return tuple(slice(0, size) for size in tensor.shape)
+    (chunk,) = tensor.__create_chunk_list__()  # what torch.distributed.checkpoint goes by
+    return tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor; every process must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -78,7 +78,8 @@ def train(
     """Learn masks for config.steps steps. model: a causal LM on one device, masked by `masks` there.
 
     run: directory for metrics and checkpoints, None: neither. resume: go on from its newest checkpoint, if it has one: bit for
-    bit where the device computes the same twice. validation: windows int64 [count, context] to measure perplexity on.
+    bit where the device computes the same twice, or the same but for rounding on another number of processes.
+    validation: windows int64 [count, context] to measure perplexity on.
     ranks: of `distributed.processes`, every process makes the same call with its model on ranks.device; None: one process,
     which computes where the model is. Where pattern logits are learned by several processes, each keeps a part of them: the
     model is then good for nothing but `masks.harden()`.
@@ -161,7 +162,7 @@ class _Loop:
     def prepare(self, found: training_state.Checkpoint | None) -> int:
         """Completed steps."""
         if found is not None:
-            training_state.check(found, self.config, self.tokens, self.ranks, self.sharded)
+            training_state.check(found, self.config, self.tokens)
             if self.ranks.first:
                 training_state.warn_of_other_bits(found, self.circumstances, self.ranks)
             training_state.load_masks_state(found, self.masks)
@@ -170,7 +171,8 @@ class _Loop:
         self.optimizer = LearnedOptimizer(self.masks.parameters_to_train(), self.config, self.ranks)
         if found is None:
             return 0
-        if training_state.optimizer_fits(found, self.ranks, self.sharded):  # else the run has ended and needs none
+        if found.step < self.config.steps or training_state.optimizer_fits(found, self.ranks, self.sharded):
+            # else the run has ended, and what several processes held may be too much for one
             training_state.load_optimizer_state(found, self.optimizer, self.ranks, self.sharded)
         return found.step
 

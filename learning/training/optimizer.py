@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..soft_masks.learn_config import LearnConfig
-from .distributed import Ranks, local_part
+from .distributed import Ranks, extent_of, local_part
+from .resharding import state_of_part
 
 
 class LearnedOptimizer:
@@ -91,6 +92,32 @@ class LearnedOptimizer:
             raise ValueError(f"checkpoint: {len(states)} optimizer states, {len(self._optimizers)} are needed")
         for optimizer, state in zip(self._optimizers, states, strict=True):
             optimizer.load_state_dict(state)
+
+    def load_parts(self, parts: Sequence[Sequence[Mapping[str, Any]]]) -> None:
+        """parts: the `state_dict` of each process of a run that had another number of them, memory-mapped.
+
+        Exact, but for 8-bit state: it is rounded once more, in blocks of the new parts, as every step rounds it. Raises
+        ValueError if they are of another set of parameters.
+        """
+        learned_of = {id(own): learned for learned, own in zip(self._learned, self._own, strict=True)}
+        states = []
+        for optimizer, saved in zip(self._optimizers, zip(*parts, strict=True), strict=True):
+            owned = [own for group in optimizer.param_groups for own in group["params"]]
+            state = {}
+            for index, own in enumerate(owned):
+                learned = learned_of[id(own)]
+                found = state_of_part([each["state"][index] for each in saved], learned.shape, extent_of(learned))
+                state[index] = {name: _stored(optimizer, own, name, value) for name, value in found.items()}
+            states.append({"state": state, "param_groups": saved[0]["param_groups"]})
+        self.load_state_dict(states)
+
+
+def _stored(optimizer: torch.optim.Optimizer, own: nn.Parameter, name: str, value: Tensor) -> Tensor:
+    """A value of a parameter's state in the form that the optimizer would have given it."""
+    new_buffer = getattr(optimizer, "_new_buffer", None)  # torchao's: in 8 bits or not, by the size of the part
+    if new_buffer is None or value.dim() == 0:
+        return value
+    return new_buffer(own, name == "exp_avg").copy_(value.to(own.device))  # signed: the mean of gradients alone
 
 
 def _mixed(*numbers: int) -> int:

@@ -1,9 +1,11 @@
 """Checkpoints of a mask-learning run: complete or not there, the last two of them, and all a run needs to go on bit for bit.
 
     RUN/checkpoints/step-00000200/masks.safetensors    everything learned, and the fixed patterns
-                                  optimizer-0.pt       AdamW's state of each process
+                                  optimizer-0.pt       AdamW's state of each process, -0 alone where all have the same
                                   state.json           step, settings, which text, which versions
 
+Any number of processes that a batch can be divided among goes on with one: bit for bit if it is the number that wrote it, else
+the same but for rounding.
 Noise, schedules and the order of the text follow from the step: there is nothing of them to keep.
 """
 
@@ -32,7 +34,7 @@ from .distributed import Ranks, whole
 from .optimizer import LearnedOptimizer
 
 KEPT = 2
-_CHECKPOINTS, _STATE, _MASKS = "checkpoints", "state.json", "masks.safetensors"
+_CHECKPOINTS, _STATE, _MASKS, _OPTIMIZER = "checkpoints", "state.json", "masks.safetensors", "optimizer-{}.pt"
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def save(
             state[name] = complete.cpu().contiguous()
         del complete
     if sharded or ranks.first:
-        torch.save(optimizer.state_dict(), partial / f"optimizer-{ranks.rank}.pt")
+        torch.save(optimizer.state_dict(), partial / _OPTIMIZER.format(ranks.rank))
     ranks.gather(None)  # all files are there
 
     def finish() -> None:
@@ -106,7 +108,7 @@ def save(
     return target
 
 
-def check(found: Checkpoint, config: LearnConfig, tokens: TokenFile, ranks: Ranks, sharded: bool) -> None:
+def check(found: Checkpoint, config: LearnConfig, tokens: TokenFile) -> None:
     """Raises ValueError naming what a checkpoint was made with and is different now."""
     then, now = LearnConfig.completed(found.record["config"]), json.loads(json.dumps(config.as_json()))
     differing = first_difference(then, now)
@@ -114,11 +116,6 @@ def check(found: Checkpoint, config: LearnConfig, tokens: TokenFile, ranks: Rank
         raise ValueError(f"checkpoint {found.path.name}: its {differing[0]} is {differing[1]!r}, this run's {differing[2]!r}")
     if found.record["text"] != tokens.digest or found.record["context"] != tokens.context:
         raise ValueError(f"checkpoint {found.path.name}: it was trained on other tokens than {tokens.name} gives now")
-    if not optimizer_fits(found, ranks, sharded) and found.step < config.steps:
-        raise ValueError(
-            f"checkpoint {found.path.name}: its optimizer state is shared out over {found.record['processes']} processes, "
-            f"this run has {ranks.world}"
-        )
 
 
 def optimizer_fits(found: Checkpoint, ranks: Ranks, sharded: bool) -> bool:
@@ -168,11 +165,24 @@ def load_masks_state(found: Checkpoint, masks: LearnedMasks) -> None:
 
 
 def load_optimizer_state(found: Checkpoint, optimizer: LearnedOptimizer, ranks: Ranks, sharded: bool) -> None:
-    path = found.path / f"optimizer-{ranks.rank if sharded else 0}.pt"
+    """A process that has another part of it than one had then reads what it needs out of all files, tensor by tensor."""
+    if optimizer_fits(found, ranks, sharded):
+        optimizer.load_state_dict(_read_optimizer(found, ranks.rank if sharded else 0))
+        return
+    writers = range(found.record["processes"] if found.record["sharded"] else 1)
+    parts = [_read_optimizer(found, rank, mapped=True) for rank in writers]
+    try:
+        optimizer.load_parts(parts)
+    except (ValueError, KeyError) as error:  # of files that are whole and do not belong together
+        raise _unreadable(found.path / _OPTIMIZER.format("*"), error) from error
+
+
+def _read_optimizer(found: Checkpoint, rank: int, *, mapped: bool = False) -> Any:
+    """mapped: nothing but names and sizes is read until it is used."""
+    path = found.path / _OPTIMIZER.format(rank)
     # on the CPU: AdamW moves its large tensors itself, and its counters have to stay there
     with _damaged(path):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(state)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 @contextmanager
@@ -181,11 +191,15 @@ def _damaged(file: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, UnpicklingError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"checkpoint {file.parent}: its {file.name} cannot be read ({reason}); remove that directory, and --resume goes on "
-            "from the checkpoint before it, if there is one"
-        ) from error
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: Path, error: Exception) -> ValueError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return ValueError(
+        f"checkpoint {file.parent}: its {file.name} cannot be read ({reason}); remove that directory, and --resume goes on "
+        "from the checkpoint before it, if there is one"
+    )
 
 
 def _flush(path: Path) -> None:
