@@ -72,7 +72,7 @@ class LearnConfig:
         that are dense in the masks to start from; "none".
     shared_noise: the micro-batches of a step see one sample of the masks instead of one each.
     precision: "float32" keeps pattern logits and AdamW's state in float32; "compact" in bfloat16, rounded stochastically,
-        with 8-bit state (needs patch-compiler[learn]).
+        with squares in 8 bits (needs patch-compiler[learn]).
     compat: "patch" makes the choices of PATCH's public code where they differ from the paper: logits and AdamW's state in
         bfloat16, priors in the noise's place, a reward of norms that are not squared, the density of the sampled mask; its
         `published` settings have the penalty and the prior of survivors too. PATCH hardens by sign: `harden(sign_rule=True)`.

@@ -18,8 +18,8 @@ from .resharding import state_of_part
 class LearnedOptimizer:
     """groups: of `LearnedMasks.parameters_to_train()`, pattern logits possibly shared out over the processes.
 
-    bfloat16 logits under precision "compact" are rounded stochastically and have 8-bit state; the rounding's noise follows
-    from (seed, step, process). Raises ValueError if the package for that is missing.
+    bfloat16 logits under precision "compact" are rounded stochastically and have a bfloat16 mean and 8-bit squares; the
+    rounding's noise follows from (seed, step, process). Raises ValueError if the package for that is missing.
     """
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], config: LearnConfig, ranks: Ranks) -> None:
@@ -39,7 +39,7 @@ class LearnedOptimizer:
         fused = ranks.device.type == "cuda"  # else AdamW makes a temporary as large as all parameters
         self._optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(wide, fused=fused, **common)] if wide else []
         if compact:
-            self._optimizers.append(_adamw_8bit()(compact, bf16_stochastic_round=True, **common))
+            self._optimizers.append(_compact_adamw()(compact, bf16_stochastic_round=True, **common))
 
     def collect(self) -> Tensor:
         """Take the gradients over, summed over the processes. float64 scalar: this process's share of their squared norm.
@@ -127,12 +127,29 @@ def _mixed(*numbers: int) -> int:
 def check_optimizer(config: LearnConfig) -> None:
     """Raises ValueError if a package that the settings need is missing."""
     if config.precision == "compact" and config.mode != "tile":
-        _adamw_8bit()
+        _compact_adamw()
 
 
-def _adamw_8bit() -> Any:
+def _compact_adamw() -> Any:
+    """torchao's AdamW with squares in 8 bits, above zero, and the mean in the logits' own bfloat16.
+
+    With both in 8 bits some logits are thrown far away: those whose gradients are small beside others of their block. Of 8 bits
+    the smallest mean never shrinks, as a tenth of it is less than the way to the next code; and a square that became zero
+    divides by `eps` alone.
+    """
     try:
         from torchao.optim import AdamW8bit
+        from torchao.optim.subclass_8bit import OptimState8bit
     except ImportError:
         raise ValueError("precision 'compact' needs torchao; pip install 'patch-compiler[learn]', or use 'float32'") from None
-    return AdamW8bit
+
+    class CompactAdamW(AdamW8bit):
+        @staticmethod
+        def _subclass_zeros(p: Tensor, signed: bool, block_size: int) -> Tensor:
+            if signed:  # the mean
+                return torch.zeros_like(p)
+            squares = OptimState8bit.zeros(p.shape, signed, block_size, p.device, p.dtype)
+            squares.qmap[0] = squares.qmap[1]
+            return squares
+
+    return CompactAdamW
