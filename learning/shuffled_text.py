@@ -25,7 +25,7 @@ def shuffled_documents(path: Path, seed: int, length: int = WHOLE, meter: Meter 
 
     Longer text is never held. Eight of its files are read at once, each the faster the larger it is, in an order shuffled by
     the seed where there are more, and what they give goes through a shuffle buffer of 16 Mi characters: who takes only the
-    beginning gets the beginnings of these files in equal parts. A file sorted by topic is to be shuffled or split beforehand.
+    beginning gets the same part of each of these files, its beginning. A file sorted by topic is to be shuffled beforehand.
     A document of more than 1 Mi characters counts as several.
 
     meter: told how many characters were given, of about how many. Raises ValueError as `read_file`, and if there is no text.
