@@ -14,7 +14,7 @@ import hashlib
 import json
 import random
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,12 +29,13 @@ from tqdm import tqdm
 from patch_compiler import cache
 from patch_compiler.atomic import atomic_directory
 
-from .data import SHIPPED, cut_document, describe_source, is_hub_dataset, load_texts
-from .hub_stream import Split, stream_hub
+from .data import check_source, describe_source, local_path, read_texts
+from .hub_stream import Split
+from .local_text import Meter
+from .shuffled_text import shuffled_documents
+from .tokenised import tokenised
 
 _IDS, _HEADER = "tokens.bin", "tokens.json"
-_BATCH = 64  # pieces tokenised at once
-_PIECE = 1 << 20  # characters: a longer document is tokenised in pieces
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,10 +105,12 @@ def tokenise(
 ) -> TokenFile:
     """The first `count` tokens of some texts; fewer if they have fewer.
 
-    sources: as in learning/data.py; hub datasets are streamed, and read no further than needed. Several share the count
-    equally; where one is too short, the later ones give more. Documents are shuffled by the seed, tokenised as the tokenizer
-    does by default, ended by its EOS and laid end to end.
-    A second process that wants the same file waits for the first. An interrupted one leaves nothing.
+    sources: as in learning/data.py; hub datasets, and local text of more than 64 Mi characters, are streamed, and read no
+    further than needed. Several share the count equally; where one is too short, the later ones give more. Documents are
+    shuffled by the seed (local ones as `shuffled_documents` says), tokenised as the tokenizer does by default, ended by its
+    EOS and laid end to end.
+    A second process that wants the same file waits for the first. An interrupted one leaves nothing, a killed one nothing
+    that is taken for a whole file: tokenising begins anew.
 
     Raises ValueError for a text that cannot be read or is shorter than one window.
     """
@@ -125,10 +128,12 @@ def tokenise(
     # it appears complete or not at all: what is there needs no lock, which a directory that came with an image has no room for
     with nullcontext() if _is_made(target) else _lock(target):
         if not _is_made(target):
+            for source in sources:
+                check_source(source, split)
             for abandoned in target.parent.glob(f".{target.name}.*.partial"):  # by a process that was killed
                 shutil.rmtree(abandoned, ignore_errors=True)
             with atomic_directory(target) as partial:
-                _write(partial, tokenizer, _documents(sources, split, seed), sources, count, progress, name)
+                _write(partial, tokenizer, sources, split, count, seed, progress)
     header = json.loads((target / _HEADER).read_text(encoding="utf-8"))
     if header["tokens"] < context:
         raise ValueError(f"{name} is too short: {header['tokens']} tokens, and a window has {context}")
@@ -150,42 +155,31 @@ def fingerprint(tokenizer: Any) -> str:
 
 def _fingerprint(source: str | None, split: Split) -> list[Any]:
     """Names a text and, if it is here, its state: not its content, which may be long."""
-    path = SHIPPED[split] if source in (None, "default") else Path(str(source)).expanduser()
-    if not path.exists():
+    path = local_path(source, split)
+    if path is None:
         return [source]
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     return [str(path.resolve()), *([str(f.relative_to(path)), f.stat().st_size, f.stat().st_mtime_ns] for f in files)]
 
 
-def _documents(sources: Sequence[str | None], split: Split, seed: int) -> Iterator[Iterable[str]]:
-    """Of each text its documents, none of them read before it is asked for."""
-    for source in sources:
-        if is_hub_dataset(source):
-            stream = stream_hub(str(source), split, seed if split == "train" else None)
-            yield (text for text in stream if text.strip())
-        else:
-            documents = load_texts(source, split)
-            random.Random(seed).shuffle(documents)
-            yield documents
-
-
 def _write(
-    directory: Path,
-    tokenizer: Any,
-    texts: Iterator[Iterable[str]],
-    sources: Sequence[str | None],
-    count: int,
-    progress: bool,
-    name: str,
+    directory: Path, tokenizer: Any, sources: Sequence[str | None], split: Split, count: int, seed: int, progress: bool
 ) -> None:
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
+    name = " + ".join(describe_source(source, split) for source in sources)
     bar = tqdm(total=count, desc=f"tokenising {name}", unit="token", unit_scale=True, disable=not progress)
     with open(directory / _IDS, "wb") as file, bar:
-        sink = _Sink(file, dtype, bar)
-        for number, documents in enumerate(texts):
-            upto = sink.tokens + -(-(count - sink.tokens) // (len(sources) - number))
-            for ids in _tokenised(tokenizer, documents):
+        sink, documents = _Sink(file, dtype), 0
+        for number, source in enumerate(sources):
+            begun, meter = sink.tokens, Meter()
+            upto = begun + -(-(count - begun) // (len(sources) - number))
+            for ids, ended in tokenised(tokenizer, _documents(source, split, seed, meter)):
                 sink.add(ids[: upto - sink.tokens])
+                documents += ended
+                if meter.whole and number == len(sources) - 1:  # the text may have fewer than were asked for
+                    bar.total = min(count, begun + (sink.tokens - begun) * max(meter.whole, meter.done) // meter.done)
+                bar.set_postfix_str(f"{tqdm.format_sizeof(documents)} documents", refresh=False)
+                bar.update(sink.tokens - bar.n)
                 if sink.tokens >= upto:
                     break
     header = {
@@ -195,12 +189,17 @@ def _write(
     (directory / _HEADER).write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
 
 
+def _documents(source: str | None, split: Split, seed: int, meter: Meter) -> Iterator[str]:
+    path = local_path(source, split)
+    return read_texts(source, split, seed=seed) if path is None else shuffled_documents(path, seed, meter=meter)
+
+
 class _Sink:
     """A file of ids and what is to be known about it."""
 
-    def __init__(self, file: BinaryIO, dtype: np.dtype[Any], bar: Any) -> None:
+    def __init__(self, file: BinaryIO, dtype: np.dtype[Any]) -> None:
         self.tokens, self.largest, self.digest = 0, 0, hashlib.sha256()
-        self._file, self._dtype, self._bar = file, dtype, bar
+        self._file, self._dtype = file, dtype
 
     def add(self, ids: list[int]) -> None:
         array = np.array(ids, dtype=self._dtype)
@@ -208,32 +207,6 @@ class _Sink:
         self.digest.update(array.tobytes())
         self.tokens += array.size
         self.largest = max(self.largest, int(array.max(initial=0)))
-        self._bar.update(array.size)
-
-
-def _tokenised(tokenizer: Any, documents: Iterable[str]) -> Iterator[list[int]]:
-    """Ids of some documents together, every document ended by the EOS."""
-    pieces: list[str] = []
-    ends: list[bool] = []
-    for document in documents:
-        cut = list(cut_document(document, _PIECE)) if len(document) > _PIECE else [document]
-        pieces += cut
-        ends += [False] * (len(cut) - 1) + [True]
-        if len(pieces) >= _BATCH:
-            yield _ids(tokenizer, pieces, ends)
-            pieces, ends = [], []
-    if pieces:
-        yield _ids(tokenizer, pieces, ends)
-
-
-def _ids(tokenizer: Any, pieces: list[str], ends: list[bool]) -> list[int]:
-    row: list[int] = []
-    eos = tokenizer.eos_token_id
-    for ids, end in zip(tokenizer(pieces, verbose=False)["input_ids"], ends, strict=True):
-        row += ids
-        if end and eos is not None and row and row[-1] != eos:
-            row.append(eos)
-    return row
 
 
 @contextmanager

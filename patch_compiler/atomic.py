@@ -25,9 +25,8 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises ValueError if `path` is a directory, or if nothing was written.
     """
+    _refuse_directory(path)
     target = Path(os.path.realpath(path))
-    if target.is_dir():
-        raise ValueError(f"{path}: is a directory, a file is to be written there")
     with _partial(target) as partial:
         yield partial
         if not partial.is_file():
@@ -35,17 +34,6 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         _finish(partial)
         os.replace(partial, target)
         _flush(target.parent)
-
-
-class _Undo(Exception):
-    """Leaves a writer's block."""
-
-
-def check_file(path: str | os.PathLike[str]) -> None:
-    """Raises what `atomic_file` would at the end of long work, now. Leaves nothing behind."""
-    with suppress(_Undo), atomic_file(path) as unfinished:
-        unfinished.touch()
-        raise _Undo
 
 
 @contextmanager
@@ -67,8 +55,9 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         _flush(target.parent)
 
 
-def check_writable(out: Path) -> None:
-    """Raises ValueError if nothing can be made at this place. It is tried: permissions do not tell of every file system."""
+def check_writable(out: str | os.PathLike[str]) -> None:
+    """Raises ValueError if nothing can be made at this place, known before long work. It is tried, and nothing is left
+    behind: permissions do not tell of every file system."""
     parent = existing_parent(out)
     try:
         with tempfile.TemporaryFile(dir=parent):
@@ -77,9 +66,15 @@ def check_writable(out: Path) -> None:
         raise ValueError(f"output {out}: {parent} is not a directory one can write to ({error.strerror})") from None
 
 
-def existing_parent(out: Path) -> Path:
-    """The innermost directory above that is there."""
-    return next(p for p in out.absolute().parents if p.exists())
+def check_file(out: str | os.PathLike[str]) -> None:
+    """`check_writable` for a file: raises ValueError for a directory too."""
+    _refuse_directory(out)
+    check_writable(out)
+
+
+def existing_parent(out: str | os.PathLike[str]) -> Path:
+    """The innermost directory above that is there; of a link's target."""
+    return next(p for p in Path(os.path.realpath(out)).parents if p.exists())
 
 
 @contextmanager
@@ -97,6 +92,11 @@ def locked(directory: Path) -> Iterator[None]:
             stack.callback(os.close, handle)  # closing unlocks
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+
+
+def _refuse_directory(path: str | os.PathLike[str]) -> None:
+    if os.path.isdir(path):
+        raise ValueError(f"{path}: is a directory, a file is to be written there")
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from patch_compiler.atomic import atomic_directory, atomic_file, check_file
+from patch_compiler.atomic import atomic_directory, atomic_file, check_file, check_writable
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -36,14 +36,18 @@ def test_atomic_file_leaves_nothing_half_written(tmp_path: Path, error: type[Bas
 
 def test_a_file_that_could_not_be_written_is_known_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "old").write_text("old")
-    for name in ("old", "new", "deep/new"):
-        check_file(tmp_path / name)
-    assert [p.name for p in tmp_path.iterdir()] == ["old"]
+    (tmp_path / "link").symlink_to(tmp_path / "old" / "below a file")
+    for check in (check_file, check_writable):
+        for name in ("old", "new", "deep/new"):
+            check(tmp_path / name)
+        for name in ("old/file", "old/deep/file", "link"):
+            with pytest.raises(ValueError, match=f"{name}: .*/old is not a directory one can write to"):
+                check(tmp_path / name)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "old"]
     assert (tmp_path / "old").read_text() == "old"
-    with pytest.raises(FileExistsError):
-        check_file(tmp_path / "old" / "file")
     with pytest.raises(ValueError, match="is a directory"):
         check_file(tmp_path)
+    check_writable(tmp_path)
 
 
 @pytest.mark.parametrize(("number", "kept"), [(errno.ENOSPC, "old"), (errno.EIO, "old"), (errno.EINVAL, "new")])

@@ -357,7 +357,7 @@ def test_an_output_that_cannot_be_written_is_known_at_once(
     (tmp_path / "file").touch()
     for option in ("-o", "--page"):
         assert command.main([named, option, str(tmp_path / "file" / "out")]) == 2
-        assert "File exists" in capsys.readouterr().err
+        assert "file is not a directory one can write to" in capsys.readouterr().err
 
 
 def test_a_large_model_needs_a_gpu(named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

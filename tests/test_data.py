@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import random
 import re
 import sys
 from pathlib import Path
@@ -15,7 +16,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learning.data import SHIPPED, cut_document, describe_source, load_texts, token_stream, token_windows
+from learning import data, shuffled_text
+from learning.data import SHIPPED, describe_source, read_texts, token_stream, token_windows
+from learning.local_text import cut_document
 
 from .tiny import tiny_tokenizer
 
@@ -43,43 +46,43 @@ def write_all_formats(directory: Path) -> list[Path]:
 def test_every_local_format_gives_the_same_documents(tmp_path):
     files = write_all_formats(tmp_path)
     for file in files:
-        assert load_texts(str(file)) == DOCUMENTS, file.name
-    assert load_texts(str(tmp_path)) == DOCUMENTS * len(files)
+        assert list(read_texts(str(file))) == DOCUMENTS, file.name
+    assert list(read_texts(str(tmp_path))) == DOCUMENTS * len(files)
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "more.txt").write_text("one more")
     (tmp_path / "ignored.pdf").write_bytes(b"\xff\xfe")
-    assert load_texts(str(tmp_path)) == [*DOCUMENTS * len(files), "one more"]
+    assert list(read_texts(str(tmp_path))) == [*DOCUMENTS * len(files), "one more"]
 
 
 def test_parquet(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pyarrow.table({"text": [*DOCUMENTS, None, "  "], "n": list(range(5))}), tmp_path / "t.parquet")
-    assert load_texts(str(tmp_path / "t.parquet")) == DOCUMENTS
+    assert list(read_texts(str(tmp_path / "t.parquet"))) == DOCUMENTS
     parquet.write_table(pyarrow.table({"body": DOCUMENTS}), tmp_path / "u.parquet")
     with pytest.raises(ValueError, match=r"u\.parquet.*no column \"text\" among body"):
-        load_texts(str(tmp_path / "u.parquet"))
+        list(read_texts(str(tmp_path / "u.parquet")))
     parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "w.parquet")
     with pytest.raises(ValueError, match=r"w\.parquet.*column \"text\" holds int64, not text"):
-        load_texts(str(tmp_path / "w.parquet"))
+        list(read_texts(str(tmp_path / "w.parquet")))
     whole = (tmp_path / "t.parquet").read_bytes()
     for suffix, compress in ((".gz", gzip.compress), (".xz", lzma.compress)):
         file = tmp_path / f"t.parquet{suffix}"
         file.write_bytes(compress(whole))
-        assert load_texts(str(file)) == DOCUMENTS
+        assert list(read_texts(str(file))) == DOCUMENTS
         file.write_bytes(compress(whole)[:-20])
         with pytest.raises(ValueError, match=rf"t\.parquet\{suffix}.*cannot be read"):
-            load_texts(str(file))
+            list(read_texts(str(file)))
     (tmp_path / "v.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(ValueError, match=r"v\.parquet.*cannot be read"):
-        load_texts(str(tmp_path / "v.parquet"))
+        list(read_texts(str(tmp_path / "v.parquet")))
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_two_blank_lines_end_a_document(tmp_path, newline):
     text = "a\n\nb\n\n\nc\n  \n\t\n\n\nd\n \ne\n"
     (tmp_path / "t.txt").write_bytes(text.replace("\n", newline).encode())
-    assert [d.strip() for d in load_texts(str(tmp_path / "t.txt"))] == ["a\n\nb", "c", "d\n \ne"]
+    assert [d.strip() for d in read_texts(str(tmp_path / "t.txt"))] == ["a\n\nb", "c", "d\n \ne"]
 
 
 @pytest.mark.parametrize(
@@ -103,20 +106,20 @@ def test_two_blank_lines_end_a_document(tmp_path, newline):
 def test_broken_files_give_one_clear_error(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(name)) as error:
-        load_texts(str(tmp_path / name))
+        list(read_texts(str(tmp_path / name)))
     assert message in str(error.value)
 
 
 def test_an_empty_directory_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="holds none of"):
-        load_texts(str(tmp_path))
+        list(read_texts(str(tmp_path)))
 
 
 @pytest.mark.parametrize("source", ["missing.txt", "./missing", "/no/such/place", "wikitext", "", "a/b/c", "x y", "a/b:c:d:e"])
 def test_a_source_that_is_nothing_is_refused_without_asking_the_hub(source, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"no such file or directory; allowed are"):
-        load_texts(source)
+        list(read_texts(source))
 
 
 # ---- the hub, played by a module of our own
@@ -147,8 +150,8 @@ def fake_datasets(monkeypatch, rows, error=None):
 
 def test_hub_ids_with_config_and_split(monkeypatch):
     calls = fake_datasets(monkeypatch, ["a", "", "b"])
-    assert load_texts("allenai/c4:en:validation", seed=3) == ["a", "b"]
-    assert load_texts("owner/name", "test") == ["a", "b"]
+    assert list(read_texts("allenai/c4:en:validation", seed=3)) == ["a", "b"]
+    assert list(read_texts("owner/name", "test")) == ["a", "b"]
     assert calls == [("allenai/c4", "en", "validation", True), ("shuffle", 3), ("owner/name", None, "test", True)]
 
 
@@ -164,27 +167,27 @@ def test_a_hub_stream_is_read_only_as_far_as_asked(monkeypatch):
     module = ModuleType("datasets")
     module.load_dataset = lambda *a, **k: Endless()
     monkeypatch.setitem(sys.modules, "datasets", module)
-    assert len(load_texts("owner/endless", max_chars=100)) == 10
+    assert len(list(read_texts("owner/endless", max_chars=100))) == 10
     assert token_windows(tiny_tokenizer(), "owner/endless", 16, 3).shape == (3, 16)
 
 
 def test_wikitext2_is_one_document_of_the_asked_split(monkeypatch):
     calls = fake_datasets(monkeypatch, ["", " = Title = \n", "Words .\n"])
-    assert load_texts("wikitext2", "test") == ["\n\n = Title = \n\n\nWords .\n"]
-    assert load_texts("wikitext2", "train") == load_texts("wikitext2", "test")
+    assert list(read_texts("wikitext2", "test")) == ["\n\n = Title = \n\n\nWords .\n"]
+    assert list(read_texts("wikitext2", "train")) == list(read_texts("wikitext2", "test"))
     assert [c[1:3] for c in calls] == [("wikitext-2-raw-v1", s) for s in ("test", "train", "test")]
 
 
 def test_hub_failures_are_one_clear_error(monkeypatch):
     fake_datasets(monkeypatch, [], ConnectionError("no route\nlong story"))
     with pytest.raises(ValueError, match=r"'owner/name'.*neither a path nor a hub dataset.*\(no route\)$"):
-        load_texts("owner/name")
+        list(read_texts("owner/name"))
     fake_datasets(monkeypatch, [{"body": "x", "id": 1}])
     with pytest.raises(ValueError, match='no string column "text" among body, id'):
-        load_texts("owner/name")
+        list(read_texts("owner/name"))
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"pip install 'patch-compiler\[hub\]'"):
-        load_texts("owner/name")
+        list(read_texts("owner/name"))
 
 
 # ---- what ships with the package
@@ -196,7 +199,7 @@ def ngrams(text: str, n: int = 10) -> set[tuple[str, ...]]:
 
 
 def test_shipped_texts_are_disjoint_and_small():
-    calibration, heldout = load_texts(), load_texts("default", "test")
+    calibration, heldout = list(read_texts()), list(read_texts("default", "test"))
     assert not set().union(*map(ngrams, heldout)) & set().union(*map(ngrams, calibration))
     assert sum(map(len, calibration)) > 1_300_000
     assert sum(map(len, heldout)) > 350_000
@@ -231,6 +234,45 @@ def test_windows_depend_on_the_seed_and_on_nothing_else(tokenizer):
     assert not torch.equal(a, c)
     assert torch.equal(a[:5], token_windows(tokenizer, None, 64, 5, 1))  # fewer samples are the first of more
     assert len({tuple(w.tolist()) for w in a}) == 20
+
+
+def ids_of(tokenizer, pieces: list[str]) -> list[int]:
+    return [token for piece in pieces for token in (*tokenizer(piece)["input_ids"], tokenizer.eos_token_id)]
+
+
+def test_windows_of_a_short_text_are_of_all_of_it_shuffled(tokenizer, tmp_path):
+    documents = [f"{i} " + "some words of it " * (i % 50) for i in range(300)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": d}) for d in (*documents, " ", "")))
+    pieces = [piece for document in documents for piece in cut_document(document, 16 * 8)]
+    random.Random(3).shuffle(pieces)
+    windows = token_windows(tokenizer, str(tmp_path / "a.jsonl"), 16, 50, 3)
+    assert windows.flatten().tolist() == ids_of(tokenizer, pieces)[: 16 * 50]
+
+
+def test_windows_of_the_hub_are_of_its_beginning_shuffled(tokenizer, monkeypatch):
+    """Blank documents count for where the beginning ends: published windows are made so."""
+    rows = [" " * 100 if i % 2 else f"{i} some words of it" for i in range(1000)]
+    fake_datasets(monkeypatch, rows)
+    read = next(n for n in range(1000) if sum(map(len, rows[:n])) >= 16 * 2 * 32)
+    pieces = [row for row in rows[:read] if row.strip()]
+    random.Random(3).shuffle(pieces)
+    assert token_windows(tokenizer, "owner/name", 16, 2, 3).flatten().tolist() == ids_of(tokenizer, pieces)[:32]
+
+
+def test_of_long_local_text_no_more_is_read_than_needed(tokenizer, tmp_path, monkeypatch):
+    good = json.dumps({"text": "some words " * 10}) + "\n"
+    (tmp_path / "a.jsonl").write_text(good * 3000 + "no JSON")
+    for limit in (50, 500):
+        assert token_stream(tokenizer, str(tmp_path / "a.jsonl"), limit).numel() == limit
+    with pytest.raises(ValueError, match="line 3001: not JSON"):
+        token_stream(tokenizer, str(tmp_path / "a.jsonl"))
+    with pytest.raises(ValueError, match="line 3001: not JSON"):
+        token_windows(tokenizer, str(tmp_path / "a.jsonl"), 16, 20)
+    monkeypatch.setattr(shuffled_text, "WHOLE", 100_000)
+    monkeypatch.setattr(shuffled_text, "_BUFFER", 10_000)
+    windows = token_windows(tokenizer, str(tmp_path / "a.jsonl"), 16, 20)
+    assert windows.shape == (20, 16)
+    assert torch.equal(windows[:5], token_windows(tokenizer, str(tmp_path / "a.jsonl"), 16, 5))
 
 
 def test_short_documents_are_packed(tmp_path, tokenizer):
@@ -278,6 +320,25 @@ def test_stream_keeps_the_order_and_separates_documents(tmp_path, tokenizer):
     assert tokenizer.decode(stream) == "<eos>".join(DOCUMENTS)
     assert torch.equal(token_stream(tokenizer, str(tmp_path / "t.txt"), 7), stream[:7])
     assert torch.equal(token_stream(tokenizer, str(tmp_path / "t.txt"), 10**6), stream)
+
+
+def test_a_stream_with_a_limit_takes_the_beginning_of_a_long_document(tmp_path, monkeypatch):
+    lengths: list[int] = []
+    tokenizer = tiny_tokenizer()
+    original = type(tokenizer).__call__
+
+    def call(self, text, **options):
+        lengths.append(len(text))
+        return original(self, text, **options)
+
+    text = "".join(f"word {i} " for i in range(50_000))
+    (tmp_path / "t.txt").write_text(text)
+    monkeypatch.setattr(type(tokenizer), "__call__", call)
+    assert token_stream(tokenizer, str(tmp_path / "t.txt"), 100).tolist() == tokenizer(text)["input_ids"][:100]
+    assert lengths[0] <= 3200
+    monkeypatch.setattr(data, "_LONGEST_IN_STREAM", 100_000)
+    assert tokenizer.decode(token_stream(tokenizer, str(tmp_path / "t.txt"))).replace("<eos>", "") == text
+    assert max(lengths[2:]) <= 100_000
 
 
 def test_stream_needs_two_tokens(tmp_path, tokenizer):

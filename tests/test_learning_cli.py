@@ -318,6 +318,7 @@ def full_of_files(dir: Path) -> None:
 
 def test_other_bad_input(base, pruned, tmp_path, capsys):
     assert "no such directory" in refused(capsys, tmp_path, "evaluate", str(tmp_path / "none"))
+    assert "base: is a directory, a file" in refused(capsys, tmp_path, "evaluate", str(base), "--json", str(base))
     assert "takes 1 to 128" in refused(capsys, tmp_path, "evaluate", str(base), "--context", "2048")
     assert "between 1 and the context" in refused(capsys, tmp_path, "evaluate", str(base), *EVALUATE, "--stride", "64")
     assert "none.safetensors" in refused(capsys, tmp_path, "evaluate", str(base), "--mask", str(tmp_path / "none.safetensors"))

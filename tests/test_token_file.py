@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -15,9 +16,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learning import token_file
-from learning.data import load_texts
+from learning import shuffled_text, token_file
+from learning import tokenised as tokenised_module
+from learning.data import read_texts
+from learning.local_text import cut_document
 from learning.token_file import TokenFile, fingerprint, tokenise
+from learning.tokenised import tokenised
 
 from .tiny import tiny_tokenizer
 
@@ -50,7 +54,7 @@ def test_documents_are_whole_shuffled_and_ended(tokenizer, tmp_path, text):
     tokens = make(tokenizer, tmp_path, text, count=10**6)
     parts = tokenizer.decode(tokens.ids.tolist()).split("<eos>")
     assert parts[-1] == ""
-    documents = load_texts(text)
+    documents = list(read_texts(text))
     assert sorted(parts[:-1]) == sorted(documents)
     assert parts[:-1] != documents
     assert tokens.largest == tokens.ids.max()
@@ -66,7 +70,7 @@ def test_it_is_as_long_as_asked_and_begins_like_a_longer_one(tokenizer, tmp_path
 
 
 def test_a_long_document_is_tokenised_in_pieces(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(token_file, "_PIECE", 50)
+    monkeypatch.setattr(token_file, "tokenised", partial(tokenised, longest=50))
     (tmp_path / "long.txt").write_text("word " * 400)
     tokens = make(tokenizer, tmp_path, str(tmp_path / "long.txt"), count=10**6)
     assert tokenizer.decode(tokens.ids.tolist()) == "word " * 400 + "<eos>"
@@ -86,7 +90,7 @@ def test_several_texts_share_the_count_and_fill_in_for_each_other(tokenizer, tmp
 
 def test_the_second_time_nothing_is_read(tokenizer, tmp_path, text, monkeypatch):
     first = make(tokenizer, tmp_path, text)
-    monkeypatch.setattr(token_file, "load_texts", None)
+    monkeypatch.setattr(token_file, "tokenised", None)
     second = make(tokenizer, tmp_path, text)
     assert (second.digest, second.largest) == (first.digest, first.largest)
     assert (second.ids == first.ids).all()
@@ -138,7 +142,7 @@ def test_interrupted_it_leaves_nothing(tokenizer, tmp_path, text, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(token_file, "_ids", interrupted)
+        patch.setattr(token_file._Sink, "add", interrupted)
         with pytest.raises(KeyboardInterrupt):
             make(tokenizer, tmp_path, text)
     assert made(tmp_path) == set()
@@ -164,6 +168,72 @@ def test_killed_it_is_made_anew(tokenizer, tmp_path, text):
     assert [name for name in made(tmp_path) if name.endswith(".partial")]
     assert make(tokenizer, tmp_path, text).ids.size == 400
     assert not [name for name in made(tmp_path) if name.endswith(".partial")]
+
+
+def test_long_local_text_is_tokenised_by_the_way(tokenizer, tmp_path, text, monkeypatch):
+    for name, limit in (("WHOLE", 1000), ("_BUFFER", 300)):
+        monkeypatch.setattr(shuffled_text, name, limit)
+    tokens = make(tokenizer, tmp_path, text, count=10**6)
+    assert sorted(tokenizer.decode(tokens.ids.tolist()).split("<eos>")) == sorted([*read_texts(text), ""])
+    short = make(tokenizer, tmp_path, text, count=100)
+    assert (short.ids == tokens.ids[:100]).all()
+
+
+def test_progress_ends_where_the_text_does(tokenizer, tmp_path, text, capsys):
+    tokens = make(tokenizer, tmp_path, text, count=10**6, progress=True)
+    last = capsys.readouterr().err.strip().split("\r")[-1]
+    assert "tokenising text.txt: 100%" in last
+    assert f"{tokens.ids.size / 1000:.2f}k/{tokens.ids.size / 1000:.2f}k" in last
+    assert "60.0 documents" in last
+    make(tokenizer, tmp_path, text, text, count=400, progress=True)
+    assert "400/400" in capsys.readouterr().err.strip().split("\r")[-1]
+
+
+def test_all_texts_are_looked_at_before_the_first_is_read(tokenizer, tmp_path, text, monkeypatch):
+    monkeypatch.setattr(token_file, "tokenised", None)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "gone.txt").symlink_to(tmp_path / "nothing")
+    for name, message in (
+        ("missing.txt", "no such file"), ("empty", "holds none of"), ("links", r"gone\.txt' cannot be read"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            make(tokenizer, tmp_path, text, str(tmp_path / name))
+    assert made(tmp_path) == set()
+
+
+@given(st.lists(st.integers(0, 60), max_size=20), st.integers(1, 30), st.integers(1, 40), st.integers(1, 4))
+def test_batches_change_no_token(lengths, longest, chars, pieces):
+    tokenizer, documents = (
+        tiny_tokenizer(),
+        ["some words of it and more of it, say sixty characters in all"[:n] for n in lengths],
+    )
+    expected = []
+    for document in documents:
+        for piece in cut_document(document, longest):
+            expected += tokenizer(piece)["input_ids"]
+        expected += [0] if document else []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenised_module, "_CHARS", chars)
+        patch.setattr(tokenised_module, "_PIECES", pieces)
+        found = list(tokenised(tokenizer, documents, longest))
+    assert [token for ids, _ in found for token in ids] == expected
+    assert sum(ended for _, ended in found) == sum(map(bool, documents))
+
+
+def test_a_tokenizer_gets_little_at_once():
+    sizes: list[tuple[int, int]] = []
+
+    class Watched:
+        eos_token_id = 0
+
+        def __call__(self, pieces, verbose):
+            sizes.append((len(pieces), sum(map(len, pieces))))
+            return {"input_ids": [[1] for _ in pieces]}
+
+    list(tokenised(Watched(), ["word " * 500_000, *["word"] * 200, *["word " * 100_000] * 5]))
+    assert max(chars for _, chars in sizes) <= 1 << 20
+    assert max(pieces for pieces, _ in sizes) == 64
 
 
 def test_what_it_refuses(tokenizer, tmp_path, text):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from patch_compiler.atomic import atomic_file, check_writable
+from patch_compiler.atomic import atomic_file, check_file
 from patch_compiler.linears import apply_masks
 
 from ..data import describe_source, token_stream
@@ -119,9 +119,7 @@ def _write(output: Path | None, record: dict[str, Any]) -> None:
 def _check(args: argparse.Namespace) -> LoadedTasks | None:
     """What can be wrong is said before the model is loaded; the tasks' data is read here."""
     if args.output is not None:
-        if args.output.is_dir():
-            raise ValueError(f"output {args.output}: is a directory; name a file")
-        check_writable(args.output)
+        check_file(args.output)
     unused = _OF_TASKS if args.tasks is None else _OF_TEXT if args.text is None else ()
     for name in unused:
         if getattr(args, name) is not None:

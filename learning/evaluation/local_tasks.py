@@ -13,13 +13,12 @@ with "Question:" comes a line "Answer:", so that such files ask what the harness
 from __future__ import annotations
 
 import json
-import lzma
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data import open_text
+from ..local_text import open_text
 
 SUFFIXES = (".jsonl", ".jsonl.xz", ".jsonl.gz")
 
@@ -81,17 +80,12 @@ def read_local_task(path: Path) -> LocalTask:
         raise ValueError(f"{where}: the name must end in one of {', '.join(SUFFIXES)}")
     documents: list[dict[str, Any]] = []
     fields: tuple[str, ...] = ()
-    try:
-        with open_text(path) as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    record = _record(line, f"{where}, line {number}")
-                    fields = fields or _kind(record, f"{where}, line {number}")
-                    documents.append(_document(record, fields, f"{where}, line {number}"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where} is not UTF-8 (byte {error.start})") from None
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise ValueError(f"{where} cannot be read: {error}") from None
+    with open_text(path, where) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                record = _record(line, f"{where}, line {number}")
+                fields = fields or _kind(record, f"{where}, line {number}")
+                documents.append(_document(record, fields, f"{where}, line {number}"))
     if not documents:
         raise ValueError(f"{where} holds no example")
     name = next(path.name.removesuffix(suffix) for suffix in SUFFIXES if path.name.endswith(suffix))
