@@ -18,7 +18,7 @@ from torch import Tensor
 from .container import check_sizes, open_container, write
 from .hard_mask import HardMask, from_tiles, to_tiles
 from .masks import PATTERNS
-from .packed import group_places, sparse24_groups
+from .packed import group_places
 from .tile_map import GROUP, TileKind, TileMap
 
 FORMAT = "patch-mask"
@@ -72,9 +72,8 @@ def load_masks(path: str | os.PathLike[str]) -> MaskFile:
             kinds = file.read_part(name, "kinds", torch.uint8, TileMap.grid_of(shape, tile))
             if int(kinds.max()) > max(TileKind):
                 raise file.error(f"tile kind {int(kinds.max())}: kinds run from 0 to {int(max(TileKind))}", name)
-            tile_map = TileMap(shape, tile, kinds.clone())
-            groups = int(sparse24_groups(tile_map).sum())
-            patterns = file.read_part(name, "patterns", torch.uint8, (-(-groups // CODES_PER_BYTE),))
+            tile_map = TileMap(shape, tile, kinds)
+            patterns = file.read_part(name, "patterns", torch.uint8, (-(-tile_map.counts[1] // CODES_PER_BYTE),))
             try:
                 masks[name] = decode_patterns(tile_map, patterns)
             except ValueError as error:

@@ -81,25 +81,20 @@ class PackedWeight:
 
     def panel_starts(self) -> Tensor:
         """int64 [panels, 2] on the CPU: first value and first 2:4 group of every panel, for kernels to start from."""
-        kept, groups = self.tile_map.kept().sum(1), sparse24_groups(self.tile_map).sum(1)
-        return torch.stack([kept.cumsum(0) - kept, groups.cumsum(0) - groups], 1)
+        counts = self.tile_map.panel_counts
+        return counts.cumsum(0) - counts
 
 
 def packed_sizes(tile_map: TileMap) -> tuple[int, int]:
     """How many values a weight keeps under this map, and how many bytes its indices take: two groups a byte."""
-    return int(tile_map.kept().sum()), -(-int(sparse24_groups(tile_map).sum()) // 2)
+    kept, groups = tile_map.counts
+    return kept, -(-groups // 2)
 
 
 def packed_bytes(tile_map: TileMap, dtype: torch.dtype) -> int:
     """Bytes of values, indices and kinds of a weight under this map; it follows from the map alone."""
     values, index_bytes = packed_sizes(tile_map)
     return values * dtype.itemsize + index_bytes + tile_map.kinds.numel()
-
-
-def sparse24_groups(tile_map: TileMap) -> Tensor:
-    """int64 [panels, columns]: groups of four each 2:4 tile has; 0 for the other kinds."""
-    groups = tile_map.tile_rows[:, None] * (-(-tile_map.tile_columns // GROUP))[None, :]
-    return torch.where(tile_map.kinds == int(TileKind.SPARSE24), groups, 0)
 
 
 def group_places(tile_map: TileMap) -> Tensor:
