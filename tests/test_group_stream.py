@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given
+from hypothesis import example, given
 
 from patch_compiler.group_stream import from_stream, to_stream
 from patch_compiler.hard_mask import HardMask
-from patch_compiler.tile_map import GROUP, TileKind
+from patch_compiler.tile_map import GROUP, TileKind, TileMap
 
 from .strategies import hard_masks
 
 
 @given(hard_masks())
+@example(HardMask.select(TileMap.full((9, 24), TileKind.SPARSE24, (4, 16)), torch.rand(9, 24)))  # half a tile, in whole groups
 def test_tile_by_tile_and_row_by_row(mask: HardMask) -> None:
     tile_map = mask.tile_map
     (m, k), (b1, b2) = tile_map.shape, tile_map.tile
