@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from .artifact import ArtifactError, save_masks
+from .artifact import ArtifactError
 from .atomic import atomic_directory
 from .checkpoint_file import METHOD
 from .container import json_text
 from .linears import check_dtype, is_conv1d
+from .mask_file import save_masks_of_packed
 from .module import PatchLinear
 from .quantizer import attach
 
@@ -80,9 +81,9 @@ def save_compressed(
         model.save_pretrained(partial, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        masks = {name: module.packed.hard_mask() for name, module in layers.items()}
+        packed = ((name, module.packed) for name, module in layers.items())
         provenance = model.config.quantization_config.provenance
-        save_masks(partial / MASK_FILE, masks, base_model=_base_name(model), provenance=provenance)
+        save_masks_of_packed(partial / MASK_FILE, packed, base_model=_base_name(model), provenance=provenance)
 
 
 def load_compressed(

@@ -8,7 +8,7 @@ groups in PackedWeight's storage order, three to a byte: first + 6 * second + 36
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 
 from .container import check_sizes, open_container, write
-from .hard_mask import HardMask, from_tiles, to_tiles
+from .group_stream import from_stream, to_stream
+from .hard_mask import HardMask
 from .masks import PATTERNS
-from .packed import group_places, sparse24_groups
-from .tile_map import GROUP, TileKind, TileMap
+from .packed import PackedWeight
+from .tile_map import TileKind, TileMap
 
 FORMAT = "patch-mask"
 CODES_PER_BYTE = 3
 _BASE = len(PATTERNS)
+_CODES_OF_BYTE = torch.cartesian_prod(*[torch.arange(_BASE, dtype=torch.uint8, device="cpu")] * CODES_PER_BYTE).flip(1)
 
 
 @dataclass(frozen=True)
@@ -43,19 +45,39 @@ def save_masks(
     provenance: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the mask file, atomically. provenance: plain JSON values. Raises ValueError for sizes no reader would accept."""
+    streams = ((name, mask.tile_map, to_stream(mask.codes, mask.tile_map)) for name, mask in masks.items())
+    _save(path, streams, base_model, provenance)
+
+
+def save_masks_of_packed(
+    path: str | os.PathLike[str],
+    layers: Iterable[tuple[str, PackedWeight]],
+    *,
+    base_model: str | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
+    """`save_masks` of packed weights by module path; one is asked for at a time, and no explicit mask of it is made."""
+    _save(path, ((name, packed.tile_map, packed.codes()) for name, packed in layers), base_model, provenance)
+
+
+def _save(
+    path: str | os.PathLike[str],
+    streams: Iterable[tuple[str, TileMap, Tensor]],
+    base_model: str | None,
+    provenance: Mapping[str, Any] | None,
+) -> None:
+    """streams: of each layer the pattern codes of its 2:4 tiles' groups, in storage order."""
     tensors, layers, weights = {}, {}, 0
-    for name, mask in masks.items():
-        tile_map = mask.tile_map
+    for name, tile_map, codes in streams:
         try:
             weights += check_sizes(tile_map.shape, tile_map.tile)
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from None
         layers[name] = {"shape": tile_map.shape, "tile": tile_map.tile}
-        tensors[f"{name}.kinds"] = tile_map.kinds
-        tensors[f"{name}.patterns"] = encode_patterns(mask)
-    write(
-        path, FORMAT, {"base_model": base_model, "provenance": dict(provenance or {}), "layers": layers}, _own(tensors), weights
-    )
+        tensors[f"{name}.kinds"] = tile_map.kinds.clone()  # two layers may share one tile map; in the file each has its own
+        tensors[f"{name}.patterns"] = encode_patterns(codes)
+    header = {"base_model": base_model, "provenance": dict(provenance or {}), "layers": layers}
+    write(path, FORMAT, header, tensors, weights)
 
 
 def load_masks(path: str | os.PathLike[str]) -> MaskFile:
@@ -72,9 +94,8 @@ def load_masks(path: str | os.PathLike[str]) -> MaskFile:
             kinds = file.read_part(name, "kinds", torch.uint8, TileMap.grid_of(shape, tile))
             if int(kinds.max()) > max(TileKind):
                 raise file.error(f"tile kind {int(kinds.max())}: kinds run from 0 to {int(max(TileKind))}", name)
-            tile_map = TileMap(shape, tile, kinds.clone())
-            groups = int(sparse24_groups(tile_map).sum())
-            patterns = file.read_part(name, "patterns", torch.uint8, (-(-groups // CODES_PER_BYTE),))
+            tile_map = TileMap(shape, tile, kinds)
+            patterns = file.read_part(name, "patterns", torch.uint8, (-(-tile_map.counts[1] // CODES_PER_BYTE),))
             try:
                 masks[name] = decode_patterns(tile_map, patterns)
             except ValueError as error:
@@ -82,29 +103,17 @@ def load_masks(path: str | os.PathLike[str]) -> MaskFile:
         return MaskFile(masks, file.header["base_model"], file.header["provenance"])
 
 
-def encode_patterns(mask: HardMask) -> Tensor:
-    """uint8 [ceil(groups of 2:4 tiles / 3)]."""
-    tile_map = mask.tile_map
-    stream = to_tiles(mask.codes, (tile_map.tile[0], tile_map.tile[1] // GROUP))[group_places(tile_map)]
-    filled = torch.cat([stream, stream.new_zeros(-stream.numel() % CODES_PER_BYTE)]).reshape(-1, CODES_PER_BYTE)
+def encode_patterns(codes: Tensor) -> Tensor:
+    """Pattern codes, uint8 [groups of 2:4 tiles] -> uint8 [ceil(groups / 3)]."""
+    filled = torch.cat([codes, codes.new_zeros(-codes.numel() % CODES_PER_BYTE)]).reshape(-1, CODES_PER_BYTE)
     return filled[:, 0] + _BASE * filled[:, 1] + _BASE**2 * filled[:, 2]
 
 
 def decode_patterns(tile_map: TileMap, patterns: Tensor) -> HardMask:
-    """The inverse of `encode_patterns`. Raises ValueError for a byte that is no three codes, or a bad fill or partial group."""
-    if patterns.numel() and int(patterns.max()) >= _BASE**CODES_PER_BYTE:
-        raise ValueError(f"pattern byte {int(patterns.max())}: three codes make 0 to {_BASE**CODES_PER_BYTE - 1}")
-    stream = torch.stack([patterns % _BASE, patterns // _BASE % _BASE, patterns // _BASE**2], 1).flatten()
-    places = group_places(tile_map)
-    total = int(places.sum())
-    if bool(stream[total:].any()):
+    """The mask of such bytes. Raises ValueError for a byte that is no three codes, or a bad fill or partial group."""
+    if patterns.numel() and int(patterns.max()) >= len(_CODES_OF_BYTE):
+        raise ValueError(f"pattern byte {int(patterns.max())}: three codes make 0 to {len(_CODES_OF_BYTE) - 1}")
+    codes, groups = _CODES_OF_BYTE.index_select(0, patterns.int()).flatten(), tile_map.counts[1]
+    if bool(codes[groups:].any()):
         raise ValueError("the unused places of the last pattern byte are not zero")
-    codes = torch.zeros(places.shape, dtype=torch.uint8)
-    codes[places] = stream[:total]
-    m, k = tile_map.shape
-    return HardMask(tile_map, from_tiles(codes, (m, -(-k // GROUP))))
-
-
-def _own(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Two layers may share one tile map object; in the file each has its own."""
-    return {name: tensor.clone() for name, tensor in tensors.items()}
+    return HardMask(tile_map, from_stream(codes[:groups], tile_map))

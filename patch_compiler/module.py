@@ -170,11 +170,18 @@ class PatchLinear(nn.Module):
 
 
 def swap_in_empty(model: nn.Module, name: str, tile_map: TileMap, dtype: torch.dtype | None) -> PatchLinear:
-    """Put a packed layer without memory in place of the model's dense one, for a loader to fill. dtype: default the dense's."""
+    """Put a packed layer without memory in place of the model's dense one. dtype: default the dense's.
+
+    A loader fills in `values`, `indices` and the bias. `settle` makes the rest, which follows from the map: a loader that
+    has no such buffers to fill takes no time for them.
+    """
     dense: Any = model.get_submodule(name)
-    layer = PatchLinear.empty(
-        tile_map.shape, tile_map.tile, tile_map.kinds, dtype or dense.weight.dtype, bias=dense.bias is not None, device="meta"
-    )
+    kept, index_bytes = packed_sizes(tile_map)
+    values = torch.empty(kept, dtype=dtype or dense.weight.dtype, device="meta")
+    indices = torch.empty(index_bytes, dtype=torch.uint8, device="meta")
+    bias = None if dense.bias is None else torch.empty(tile_map.shape[0], dtype=values.dtype, device="meta")
+    layer = PatchLinear(PackedWeight(tile_map, values, indices), bias)
+    layer._buffers.update(kinds=None, panel_starts=None)
     parent, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(parent), attribute, layer)
     return layer

@@ -49,7 +49,6 @@ class PackOnLoad(ConversionOps):
             )
         layer = swap_in_empty(model, name, mask.tile_map, packed.dtype)
         layer.values, layer.indices = packed.values, packed.indices
-        layer.kinds = mask.tile_map.kinds.to(weight.device, copy=True)
         layer.bias = dense.bias  # loaded before, or set when its turn comes
         layer.values._is_hf_initialized = True  # type: ignore[attr-defined]  # or some models draw it at random
         missing_keys.discard(full_layer_name)

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .group_stream import from_stream, to_stream
 from .hard_mask import HardMask, from_tiles, to_tiles
 from .masks import INVALID_CODE, PATTERNS
-from .tile_map import GROUP, TileKind, TileMap
+from .tile_map import GROUP, TileMap
 
 
 def _positions(pattern: tuple[int, ...]) -> int:
@@ -30,6 +31,16 @@ def _positions(pattern: tuple[int, ...]) -> int:
 
 
 NIBBLE_OF_CODE = tuple(_positions(p) for p in PATTERNS)
+
+
+def _codes_of_byte() -> Tensor:
+    """uint8 [256, 2]: the pattern codes of a byte's two groups, INVALID_CODE for what is no pattern."""
+    of_half = [NIBBLE_OF_CODE.index(half) if half in NIBBLE_OF_CODE else INVALID_CODE for half in range(16)]
+    pairs = [(of_half[byte & 15], of_half[byte >> 4]) for byte in range(256)]
+    return torch.tensor(pairs, dtype=torch.uint8, device="cpu")
+
+
+_CODES_OF_BYTE = _codes_of_byte()
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,51 +72,39 @@ class PackedWeight:
         """Bytes of values, indices and kinds."""
         return packed_bytes(self.tile_map, self.dtype)
 
-    def hard_mask(self) -> HardMask:
-        """The explicit mask. Raises ValueError if an index is no 2:4 pattern (a damaged file)."""
-        table = torch.full((16,), INVALID_CODE, dtype=torch.uint8, device="cpu")
-        table[list(NIBBLE_OF_CODE)] = torch.arange(len(PATTERNS), dtype=torch.uint8, device="cpu")
-        packed = self.indices.cpu()
-        nibbles = torch.stack([packed & 15, packed >> 4], 1).flatten()
-        place = group_places(self.tile_map)
-        total = int(place.sum())
-        if total % 2 and int(nibbles[total]) != 0:
+    def codes(self) -> Tensor:
+        """uint8 [groups of 2:4 tiles] on the CPU: their pattern codes, in storage order.
+
+        Raises ValueError if an index is no 2:4 pattern (a damaged file).
+        """
+        packed, groups = self.indices.cpu(), self.tile_map.counts[1]
+        if groups % 2 and int(packed[-1]) >> 4:
             raise ValueError("packed indices: the unused half of the last byte is not zero")
-        found = table[nibbles[:total].int()]
-        if bool((found == INVALID_CODE).any()):
-            raise ValueError(f"packed indices: {int((found == INVALID_CODE).sum())} of {total} groups hold no 2:4 pattern")
-        codes = torch.zeros(place.shape, dtype=torch.uint8, device="cpu")
-        codes[place] = found
-        m, k = self.tile_map.shape
-        return HardMask(self.tile_map, from_tiles(codes, (m, -(-k // GROUP))))
+        found = _CODES_OF_BYTE.index_select(0, packed.int()).flatten()[:groups]
+        if bool((bad := found == INVALID_CODE).any()):
+            raise ValueError(f"packed indices: {int(bad.sum())} of {groups} groups hold no 2:4 pattern")
+        return found
+
+    def hard_mask(self) -> HardMask:
+        """The explicit mask. Raises ValueError as `codes`."""
+        return HardMask(self.tile_map, from_stream(self.codes(), self.tile_map))
 
     def panel_starts(self) -> Tensor:
         """int64 [panels, 2] on the CPU: first value and first 2:4 group of every panel, for kernels to start from."""
-        kept, groups = self.tile_map.kept().sum(1), sparse24_groups(self.tile_map).sum(1)
-        return torch.stack([kept.cumsum(0) - kept, groups.cumsum(0) - groups], 1)
+        counts = self.tile_map.panel_counts
+        return counts.cumsum(0) - counts
 
 
 def packed_sizes(tile_map: TileMap) -> tuple[int, int]:
     """How many values a weight keeps under this map, and how many bytes its indices take: two groups a byte."""
-    return int(tile_map.kept().sum()), -(-int(sparse24_groups(tile_map).sum()) // 2)
+    kept, groups = tile_map.counts
+    return kept, -(-groups // 2)
 
 
 def packed_bytes(tile_map: TileMap, dtype: torch.dtype) -> int:
     """Bytes of values, indices and kinds of a weight under this map; it follows from the map alone."""
     values, index_bytes = packed_sizes(tile_map)
     return values * dtype.itemsize + index_bytes + tile_map.kinds.numel()
-
-
-def sparse24_groups(tile_map: TileMap) -> Tensor:
-    """int64 [panels, columns]: groups of four each 2:4 tile has; 0 for the other kinds."""
-    groups = tile_map.tile_rows[:, None] * (-(-tile_map.tile_columns // GROUP))[None, :]
-    return torch.where(tile_map.kinds == int(TileKind.SPARSE24), groups, 0)
-
-
-def group_places(tile_map: TileMap) -> Tensor:
-    """bool [panels, columns, b1, b2 / 4]: groups that exist and lie in a 2:4 tile, in storage order."""
-    sparse = tile_map.group_kinds() == int(TileKind.SPARSE24)
-    return to_tiles(sparse, (tile_map.tile[0], tile_map.tile[1] // GROUP), fill=False)
 
 
 def pack(weight: Tensor, mask: HardMask) -> PackedWeight:
@@ -120,8 +119,8 @@ def pack(weight: Tensor, mask: HardMask) -> PackedWeight:
     values = torch.cat(
         [_tiles(weight.detach()[rows], tile_map)[_tiles(keep[rows], tile_map)] for rows in _row_blocks(tile_map)]
     )
-    nibbles = torch.tensor(NIBBLE_OF_CODE, dtype=torch.uint8, device="cpu")[mask.codes.int()]
-    stream = to_tiles(nibbles, (tile_map.tile[0], tile_map.tile[1] // GROUP))[group_places(tile_map)]
+    nibbles = torch.tensor(NIBBLE_OF_CODE, dtype=torch.uint8, device="cpu")
+    stream = nibbles.index_select(0, to_stream(mask.codes, tile_map).int())
     if stream.numel() % 2:
         stream = torch.cat([stream, stream.new_zeros(1)])
     return PackedWeight(tile_map, values.view(weight.dtype), (stream[0::2] | stream[1::2] << 4).to(weight.device))

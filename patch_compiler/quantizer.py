@@ -13,6 +13,7 @@ import copy
 import os
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,9 @@ class PatchConfig(QuantizationConfigMixin):
         self.description = {**description, "quant_method": METHOD}
 
     def to_dict(self) -> dict[str, Any]:
-        return copy.deepcopy(self.description)
+        """A copy; only what a checkpoint holds of each layer is shared, which is long and which nothing changes."""
+        rest = {key: value for key, value in self.description.items() if key != "layers"}
+        return {**self.description, **copy.deepcopy(rest)}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PatchConfig:
         """transformers copies configs as it goes; masks of a large model are gigabytes, and nothing changes them."""
@@ -111,23 +114,28 @@ class PatchHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, dtype: Any = None, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        with torch.device("cpu"):  # transformers calls this where new tensors are made on the meta device
-            if not self.pre_quantized:
-                self._take_masks(model)
-                return
-            config = Path(str(model.config.name_or_path)) / "config.json"
-            if not checkpoint_files:
-                raise ValueError(f"{config}: packed layers are read from files, from_pretrained(state_dict=...) gives none")
-            with open_shards(checkpoint_files, self.quantization_config.description, config) as shards:
-                layers = check_layers(shards)
-                _check_fit(model, layers, shards)
+        # transformers calls this where new tensors are made on the meta device, by a mode that makes every operation slower
+        # and that other threads are not in
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(self._swap_in, model, dtype, checkpoint_files).result()
+
+    def _swap_in(self, model: PreTrainedModel, dtype: torch.dtype | None, checkpoint_files: list[str] | None) -> None:
+        if not self.pre_quantized:
+            self._take_masks(model)
+            return
+        config = Path(str(model.config.name_or_path)) / "config.json"
+        if not checkpoint_files:
+            raise ValueError(f"{config}: packed layers are read from files, from_pretrained(state_dict=...) gives none")
+        with open_shards(checkpoint_files, self.quantization_config.description, config) as shards:
+            layers = check_layers(shards)
+            _check_fit(model, layers, shards)
         for name, layer in layers.items():
             swap_in_empty(model, name, layer.tile_map, dtype)
             model.all_tied_weights_keys.pop(f"{name}.weight", None)  # a packed lm_head is tied to nothing any more
-        unread = "|".join(re.escape(name) for name in layers)
+        unread = "|".join(re.escape(name) for name in layers)  # of these, kinds were read for the checks
         ignored = model._keys_to_ignore_on_load_unexpected
         ignored = [] if ignored is None else ignored  # a list or a set, and transformers adds its own of the same type
-        model._keys_to_ignore_on_load_unexpected = type(ignored)([*ignored, rf"^(?:{unread})\.weight$"])
+        model._keys_to_ignore_on_load_unexpected = type(ignored)([*ignored, rf"^(?:{unread})\.(?:kinds|weight)$"])
 
     def _take_masks(self, model: PreTrainedModel) -> None:
         masks = self.quantization_config.masks

@@ -40,9 +40,9 @@ def normalize_tile(tile: int | tuple[int, int] | list[int]) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
-def sparse24_kept(width: int) -> int:
-    """Weights a row of `width` inputs keeps under 2:4; a last partial group of r inputs keeps min(2, r)."""
-    return 2 * (width // GROUP) + min(2, width % GROUP)
+def sparse24_kept(width: Tensor) -> Tensor:
+    """Weights a row of `width` inputs keeps under 2:4; a last partial group of r inputs keeps min(2, r). Integers."""
+    return 2 * (width // GROUP) + (width % GROUP).clamp(max=2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,13 +132,29 @@ class TileMap:
 
     def sparse24_areas(self) -> Tensor:
         """int64 [panels, columns]: weights each tile would keep if it were 2:4."""
-        kept = torch.tensor([sparse24_kept(int(w)) for w in self.tile_columns], device="cpu")
-        return self.tile_rows[:, None] * kept[None, :]
+        return self.tile_rows[:, None] * sparse24_kept(self.tile_columns)
 
     def kept(self) -> Tensor:
         """int64 [panels, columns]: weights each tile keeps under this map."""
-        choices = torch.stack([torch.zeros_like(self.areas()), self.sparse24_areas(), self.areas()])
-        return choices.gather(0, self.kinds[None].long())[0]
+        widths = self.tile_columns
+        in_a_row = torch.stack([torch.zeros_like(widths), sparse24_kept(widths), widths])  # of a tile of each kind
+        return self.tile_rows[:, None] * in_a_row.gather(0, self.kinds.long())
+
+    def sparse24_groups(self) -> Tensor:
+        """int64 [panels, columns]: groups of four each 2:4 tile has; 0 for the other kinds."""
+        groups = self.tile_rows[:, None] * (-(-self.tile_columns // GROUP))
+        return torch.where(self.kinds == int(TileKind.SPARSE24), groups, 0)
+
+    @cached_property
+    def panel_counts(self) -> Tensor:
+        """int64 [panels, 2]: weights that each panel keeps, and groups of four of its 2:4 tiles."""
+        return torch.stack([self.kept().sum(1), self.sparse24_groups().sum(1)], 1)
+
+    @cached_property
+    def counts(self) -> tuple[int, int]:
+        """The sums of `panel_counts`. A loader asks for them again and again, of hundreds of maps."""
+        kept, groups = self.panel_counts.sum(0).tolist()
+        return kept, groups
 
     @property
     def weights(self) -> int:
@@ -146,7 +162,7 @@ class TileMap:
 
     @property
     def zeros(self) -> int:
-        return self.weights - int(self.kept().sum())
+        return self.weights - self.counts[0]
 
     @property
     def sparsity(self) -> float:

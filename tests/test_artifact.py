@@ -19,6 +19,8 @@ from torch import Tensor
 
 from patch_compiler.artifact import ArtifactError, load_masks, save_masks
 from patch_compiler.hard_mask import HardMask
+from patch_compiler.mask_file import save_masks_of_packed
+from patch_compiler.packed import pack
 from patch_compiler.tile_map import TileMap
 
 from .damage import FUZZ, HOSTILE_SIZES, JSON, damage
@@ -60,6 +62,9 @@ def test_masks_round_trip(tmp_path: Path, found: list[HardMask]) -> None:
     file = load_masks(tmp_path / "mask.safetensors")
     assert file.masks == saved
     assert (file.base_model, file.provenance) == ("org/model", {"method": "wanda", "sparsity": 0.35})
+    packed = ((name, pack(torch.rand(mask.tile_map.shape), mask)) for name, mask in saved.items())
+    save_masks_of_packed(tmp_path / "again", packed, base_model="org/model", provenance=file.provenance)
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "mask.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("side", [128, 64, 32, 16])

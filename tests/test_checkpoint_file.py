@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,18 @@ def test_edits(tmp_path: Path, change: Callable[[Tensors, dict[str, Any]], Any],
     write_one(tmp_path, (9, 12))
     edited(tmp_path, change)
     with pytest.raises(ArtifactError, match=message):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("last", [0b0000, 0b0100, 0b1110, 0b0110, 0x44])
+def test_every_byte_that_is_no_two_patterns_is_counted(tmp_path: Path, last: int) -> None:
+    """All 256 of them, in a layer with one group more: half of its last byte must be a pattern, the other half 0."""
+    nibbles = {first | second << 2 for first, second in combinations(range(4), 2)}
+    write_one(tmp_path, (19, 108))  # 513 groups
+    indices = torch.tensor([*range(256), last], dtype=torch.uint8)
+    edited(tmp_path, lambda tensors, _: tensors.update({"m.q.indices": indices}))
+    bad = sum(byte & 15 not in nibbles or byte >> 4 not in nibbles for byte in range(256)) + (last not in nibbles)
+    with pytest.raises(ArtifactError, match=rf"layer 'm\.q': {bad} bytes of the indices hold no 2:4 pattern"):
         read(tmp_path)
 
 

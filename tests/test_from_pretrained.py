@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -19,7 +20,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModel, AutoModelForCausalLM
 
-from patch_compiler import ArtifactError, HardMask, PatchConfig, PatchLinear, TileKind, TileMap, convert, load_masks, save_masks
+from patch_compiler import (
+    ArtifactError,
+    HardMask,
+    PatchConfig,
+    PatchLinear,
+    TileKind,
+    TileMap,
+    convert,
+    load_masks,
+    quantizer,
+    save_masks,
+)
 from patch_compiler.hf import export_dense, is_compressed, load_compressed, save_compressed
 from patch_compiler.linears import named_linears, weight_of
 
@@ -125,6 +137,27 @@ class Allocations(TorchDispatchMode):
         return result
 
 
+class Here:
+    """A pool of threads of which none is started."""
+
+    def __init__(self, workers: int) -> None:
+        self.done: Any = None
+
+    def __enter__(self) -> Here:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def submit(self, work: Any, *arguments: Any) -> Here:
+        with torch.device("cpu"):
+            self.done = work(*arguments)
+        return self
+
+    def result(self) -> Any:
+        return self.done
+
+
 @pytest.mark.parametrize("kind", ["plain", "masked"])
 def test_no_dense_weight_is_ever_made(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every packed layer is 64 x 64 and half sparse, everything else is smaller: 16 KiB would be a dense weight."""
@@ -138,6 +171,7 @@ def test_no_dense_weight_is_ever_made(tmp_path: Path, kind: str, monkeypatch: py
         half = TileMap.full((64, 64), TileKind.SPARSE24, 16)
         convert(model, {name: HardMask.select(half, torch.rand(64, 64)) for name in named_linears(model)})
     model.save_pretrained(tmp_path)
+    monkeypatch.setattr(quantizer, "ThreadPoolExecutor", Here)
     with Allocations() as made:
         load(tmp_path, dtype="auto")
     dense = 64 * 64 * 4
@@ -159,6 +193,20 @@ def test_packing_while_a_dense_checkpoint_is_loaded(tmp_path: Path, family: str)
     loaded.save_pretrained(tmp_path / "packed")
     assert load(tmp_path / "packed").config.quantization_config.provenance == {"method": "test"}
     assert torch.equal(logits(load_compressed(tmp_path / "packed")), logits(model))
+
+
+def test_a_copy_of_a_config_is_nobody_elses(tmp_path: Path) -> None:
+    model = packed_model("llama")
+    model.save_pretrained(tmp_path)
+    config = model.config.quantization_config
+    config.provenance = {"seen": []}
+    copied = copy.deepcopy(model.config).quantization_config
+    copied.provenance["seen"].append("here")
+    copied.to_dict()["provenance"]["seen"].append("there")
+    copied.to_dict()["version"] = 7
+    assert (config.provenance, copied.provenance) == ({"seen": []}, {"seen": ["here"]})
+    assert config.to_dict()["layers"] == copied.to_dict()["layers"]
+    assert copied.to_dict()["version"] == 1
 
 
 def test_packing_a_dense_checkpoint_refuses(tmp_path: Path) -> None:

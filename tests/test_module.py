@@ -14,6 +14,7 @@ from torch import nn
 from patch_compiler import HardMask, PatchLinear, TileKind, TileMap, apply_masks, convert, named_linears, pack
 from patch_compiler.linears import decoder_blocks, mask_of, weight_of
 from patch_compiler.masks import apply_mask
+from patch_compiler.module import swap_in_empty
 
 from .models import FAMILIES, tiny_model
 from .strategies import random_hard_mask
@@ -170,6 +171,29 @@ def test_from_the_meta_device() -> None:
             layer.to_empty(device="cpu")
         layer.load_state_dict(source.state_dict(), assign=assign)
         assert torch.equal(layer(x), source(x))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_loader_fills_in_values_and_indices_and_the_map_gives_the_rest(bias: bool) -> None:
+    mask = random_hard_mask((40, 44), 16)
+    packed = pack(torch.randn(40, 44).double(), mask)
+    model = nn.Sequential(nn.Linear(44, 40, bias, device="meta"))
+    layer = swap_in_empty(model, "0", mask.tile_map, torch.float64)
+    assert layer is model[0]
+    parts = {"values": packed.values, "indices": packed.indices} | ({"bias": torch.randn(40).double()} if bias else {})
+    held = dict(model.named_buffers()) | dict(model.named_parameters())
+    assert held.keys() == model.state_dict().keys() == {f"0.{part}" for part in parts}
+    for part, tensor in parts.items():
+        held_part = held[f"0.{part}"]
+        assert held_part.is_meta
+        assert (held_part.shape, held_part.dtype) == (tensor.shape, tensor.dtype)
+        setattr(layer, part, nn.Parameter(tensor) if part == "bias" else tensor)
+    layer.settle()
+    wanted, x = PatchLinear(packed, parts.get("bias")), torch.randn(3, 44).double()
+    assert torch.equal(layer(x), wanted(x))
+    state, wanted_state = layer.state_dict(), wanted.state_dict()
+    assert state.keys() == wanted_state.keys()
+    assert all(torch.equal(state[name], wanted_state[name]) for name in state)
 
 
 def test_the_default_device_does_not_matter() -> None:

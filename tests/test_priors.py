@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
@@ -9,13 +10,16 @@ import pytest
 import torch
 
 from learning.budget import Budget
+from learning.prune import prune
+from learning.prune_result import PruneResult
+from learning.soft_masks import priors
 from learning.soft_masks.learn_config import LearnConfig, Ramp, Relaxing
 from learning.soft_masks.learned_masks import LearnedMasks
-from learning.soft_masks.priors import Start, find_start, pattern_logits, patterns_of
+from learning.soft_masks.priors import Start, find_start, pattern_logits, patterns_of, tile_logits
 from patch_compiler.hard_mask import HardMask
 from patch_compiler.linears import named_linears, weight_of
 from patch_compiler.masks import PATTERNS
-from patch_compiler.tile_map import TileKind, TileMap, normalize_tile
+from patch_compiler.tile_map import TileKind, TileMap, normalize_tile, sparsity_of
 
 from .models import tiny_model
 from .test_learned_masks import MODES, configured, started, windows
@@ -87,16 +91,42 @@ def test_hybrid_masks_give_the_patterns_and_tiles_they_have(tile: Any) -> None:
     LearnedMasks(model, config, start)
 
 
-@pytest.mark.parametrize("prior", ["loss", "survivors"])
-def test_tile_priors_are_on_budget(prior: Any) -> None:
-    model = tiny_model("llama")
-    config = configured("tile", 0.3, tile_prior=prior)
-    start = find_start(model, config, windows(), pattern_method="magnitude", progress=False)
-    zeros = sum(m.zeros for m in start.tile_maps.values())
-    weights = sum(m.weights for m in start.tile_maps.values())
-    assert zeros / weights == pytest.approx(0.3, abs=0.02)
+def test_the_prior_of_tiles_that_save_most_is_on_budget() -> None:
+    start = find_start(tiny_model("llama"), configured("tile", 0.3), windows(), pattern_method="magnitude", progress=False)
+    assert sparsity_of(start.tile_maps.values()) == pytest.approx(0.3, abs=0.02)
     shares = [m.sparsity for m in start.tile_maps.values()]
-    assert (max(shares) - min(shares) > 0.1) == (prior == "loss")  # PATCH's prior treats all layers alike
+    assert max(shares) - min(shares) > 0.1
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "proxsparse"])
+@pytest.mark.parametrize("given", [False, True])
+def test_the_prior_of_survivors_is_patchs(method: str, given: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In each layer (1 - 2 s) N tiles are dense, rounded: those of which the method keeps most without a pattern."""
+    model, sparsity, calibration = tiny_model("llama"), 5 / 16, windows()  # a whole number of zeros in every layer
+    shapes = {name: tuple(weight_of(m).shape) for name, m in named_linears(model).items()}
+    masks = {n: HardMask.select(TileMap.full(s, TileKind.SPARSE24, 4), torch.rand(s)) for n, s in shapes.items()}
+    monkeypatch.setattr(priors, "prune", lambda *args, **kwargs: PruneResult("", "", 0, (4, 4), masks=masks))  # the patterns
+    config = configured("joint", sparsity, tile=4, tile_prior="survivors")
+    start = find_start(model, config, calibration, masks=masks if given else None, pattern_method=method, progress=False)
+    own = "wanda" if given or method == "proxsparse" else method
+    pruned = copy.deepcopy(model)
+    prune(pruned, calibration, method=own, pattern="unstructured", sparsity=sparsity, progress=False)
+    for name, (m, k) in shapes.items():
+        survivors = (weight_of(pruned.get_submodule(name)) != 0).view(m // 4, 4, k // 4, 4).sum((1, 3))
+        dense = start.tile_maps[name].kinds == int(TileKind.DENSE)
+        assert abs(int(dense.sum()) - (1 - 2 * sparsity) * dense.numel()) <= 0.5
+        assert survivors[dense].min() >= survivors[~dense].max()
+
+
+def test_patch_measures_the_prior_of_tiles_in_the_noise_as_it_was_drawn() -> None:
+    maps = {name: TileMap.from_dense((8 * n, 8), torch.rand(n, 1) < 0.5, 8) for name, n in {"a": 6, "one": 1, "b": 9}.items()}
+    signs = torch.cat([2.0 * (m.kinds == int(TileKind.DENSE)).flatten() - 1 for m in maps.values()])
+    for compat in ("none", "patch"):
+        config = configured("joint", compat=compat)
+        noise, logits = (tile_logits(x, 16, config, torch.Generator().manual_seed(3)) for x in (None, maps))
+        drawn = torch.cat([noise[:6].std().expand(6), torch.tensor([0.014]), noise[7:].std().expand(9)])
+        std = drawn if compat == "patch" else torch.full((16,), 0.014)
+        torch.testing.assert_close(logits, noise + 3 * std * signs)
 
 
 def test_what_cannot_start_says_so() -> None:

@@ -45,7 +45,7 @@ def test_tiles_round_trip(tile_map: TileMap) -> None:
 
 @pytest.mark.parametrize("width", range(20))
 def test_sparse24_kept_counts_partial_groups(width: int) -> None:
-    assert sparse24_kept(width) == sum(min(2, min(4, width - g)) for g in range(0, width, 4))
+    assert int(sparse24_kept(torch.tensor(width))) == sum(min(2, min(4, width - g)) for g in range(0, width, 4))
 
 
 def test_half_of_everything_at_fifty_percent() -> None:

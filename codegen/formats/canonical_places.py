@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from patch_compiler.packed import sparse24_groups
-from patch_compiler.tile_map import GROUP, TileMap
+from patch_compiler.tile_map import GROUP, TileMap, sparse24_kept
 
 from .slab_map import BLOCK, SlabMap, block_count
 
@@ -53,7 +52,7 @@ class Chunk:
 
 def chunks(tile_map: TileMap, map_: SlabMap) -> Iterator[Chunk]:
     """Runs of whole panels of about `CHUNK` weights."""
-    value_start, group_start = _before(tile_map.kept()), _before(sparse24_groups(tile_map))
+    value_start, group_start = _before(tile_map.kept()), _before(tile_map.sparse24_groups())
     value_runs, group_runs = _runs(tile_map, map_, value_start, group_start)
     columns, panels = tile_map.grid[1], max(1, CHUNK // (map_.rows * tile_map.shape[1]))
     for first in range(0, map_.panels, panels):
@@ -80,7 +79,7 @@ def _runs(tile_map: TileMap, map_: SlabMap, value_start: Tensor, group_start: Te
     column, inside = (block // blocks_per_tile).clamp(max=columns - 1), block % blocks_per_tile
     tile, width = panel * columns + column, tile_map.tile_columns[column]
 
-    stored = torch.where(sparse, width // GROUP * 2 + (width % GROUP).clamp(max=2), width)
+    stored = torch.where(sparse, sparse24_kept(width), width)
     offset = torch.where(sparse, HALF * inside, BLOCK * inside + torch.tensor([0, HALF], device="cpu"))
     length = (stored - offset).clamp(0, HALF) * exists
     rows = tile_map.tile_rows[panel].expand_as(length)

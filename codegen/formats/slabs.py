@@ -85,6 +85,7 @@ def to_slabs(packed: PackedWeight, order: Order) -> Slabs:
     stored, device = packed.values.view(torch.int16), packed.values.device
     values = torch.empty((map_.slabs, map_.rows, BLOCK), dtype=torch.int16, device=device)
     metadata = torch.empty((map_.sparse_slabs, 2, 2 * map_.rows), dtype=torch.int32, device=device)
+    first_groups, valid = _first_groups(device), []
     for chunk in chunks(tile_map, map_):
         place, count = chunk.value_places(device)
         source = torch.cat([stored[chunk.values], stored.new_zeros(HALF)])  # the last run may be a short one
@@ -94,11 +95,12 @@ def to_slabs(packed: PackedWeight, order: Order) -> Slabs:
 
         place, count = chunk.group_places(device)
         positions = _read_groups(packed.indices[chunk.index_bytes], place)
-        exist = _first_groups(device)[count]
+        exist = first_groups[count]
         positions = (positions & exist) | (NO_POSITIONS & ~exist)
-        if not bool(_are_patterns(positions)):
-            raise ValueError(f"packed indices of {tile_map}: a group holds no 2:4 pattern")
+        valid.append(_are_patterns(positions))
         metadata[chunk.sparse_slabs] = _lane_words(positions.view(-1, map_.rows, 2))
+    if not bool(torch.stack(valid).all()):  # asked once: each answer waits for the GPU
+        raise ValueError(f"packed indices of {tile_map}: a group holds no 2:4 pattern")
     return Slabs(tile_map, map_, values.view(packed.dtype), metadata, order)
 
 

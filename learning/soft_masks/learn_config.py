@@ -68,8 +68,8 @@ class LearnConfig:
     norm_reward: of the kept weights' squared norm, as a share of all weights' (PATCH) or a plain sum (maskllm).
     norm_decay: the reward falls to zero in a straight line over the run.
     prior_strength: how far priors lie apart, in standard deviations of the logits; init_std: of the logits' first values.
-    tile_prior: "loss" by what each tile saves; "survivors" by an unstructured mask, each layer alike (PATCH); "mask": those
-        that are dense in the masks to start from; "none".
+    tile_prior: "loss" by what each tile saves; "survivors" by an unstructured mask of the method that patterns come from,
+        each layer alike (PATCH); "mask": those that are dense in the masks to start from; "none".
     shared_noise: the micro-batches of a step see one sample of the masks instead of one each.
     precision: "float32" keeps pattern logits and AdamW's state in float32; "compact" in bfloat16, rounded stochastically,
         with squares in 8 bits (needs patch-compiler[learn]).

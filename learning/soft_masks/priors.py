@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,11 @@ from patch_compiler.tile_map import GROUP, TileKind, TileMap
 
 from ..budget import allocate_dense_tiles
 from ..calibration import Calibration, calibrate
-from ..one_shot import wanda
 from ..prune import prune
 from ..prune_checks import shape_of
-from ..tile_scores import tile_scores, weight_on_device
+from ..tile_scores import tile_scores
 from .learn_config import LearnConfig
+from .survivors import method_of_survivors, survivor_tiles
 
 
 @dataclass
@@ -73,20 +73,19 @@ def find_start(
         return Start(codes, None)
     if config.tile_prior == "mask" and masks is not None:
         return Start(codes, {name: _dense_tiles(masks[name].tile_map, config.tile) for name in shapes})
+    if config.tile_prior == "survivors":
+        method = method_of_survivors(pattern_method, masks is not None)
+        tiles = survivor_tiles(
+            model, config, windows, method, calibration=calibration, include=include, exclude=exclude, device=device,
+            progress=progress,
+        )  # fmt: skip
+        return Start(codes, tiles)
     if calibration is None:
         if windows is None:
             raise ValueError(f"tile_prior {config.tile_prior!r} needs calibration windows; without them use 'none'")
-        calibration = calibrate(model, windows, gradients=config.tile_prior == "loss", device=device, progress=progress)
-    if config.tile_prior == "loss":
-        return Start(
-            codes,
-            allocate_dense_tiles(tile_scores(linears, config.tile, calibration, device), shapes, config.budget, config.tile),
-        )
-    by_layer = replace(config.budget, per_layer=True)
-    return Start(
-        codes,
-        allocate_dense_tiles(_survivors(linears, config, calibration, device), shapes, by_layer, config.tile, by_rank=True),
-    )
+        calibration = calibrate(model, windows, device=device, progress=progress)
+    scores = tile_scores(linears, config.tile, calibration, device)
+    return Start(codes, allocate_dense_tiles(scores, shapes, config.budget, config.tile))
 
 
 def lacks_patterns(shapes: Mapping[str, tuple[int, int]], masks: Mapping[str, HardMask] | None) -> bool:
@@ -134,30 +133,25 @@ def _dense_tiles(tile_map: TileMap, tile: tuple[int, int]) -> TileMap:
     return TileMap.from_dense(tile_map.shape, 2 * to_tiles(dense, tile).sum((2, 3)) >= found.areas(), tile)
 
 
-def _survivors(
-    linears: Mapping[str, nn.Module], config: LearnConfig, calibration: Calibration, device: torch.device | str | None
-) -> dict[str, Tensor]:
-    """Of each tile the share that Wanda without a pattern keeps at the wanted sparsity: PATCH's prior."""
-    found = {}
-    for name, module in linears.items():
-        areas = TileMap.full(shape_of(module), TileKind.DENSE, config.tile).areas()
-        with weight_on_device(module, device, write_back=False) as weight:
-            zeros = round(config.budget.sparsity * weight.numel())
-            keep = wanda.prune_unstructured(weight, calibration.inputs[name], zeros).keep
-            found[name] = to_tiles(keep, config.tile).sum((2, 3)).cpu().double() / areas
-    return found
-
-
 # ---- first logits
 
 
 def tile_logits(tile_maps: Mapping[str, TileMap] | None, tiles: int, config: LearnConfig, generator: torch.Generator) -> Tensor:
-    """float32 [tiles] on the CPU: noise, and prior_strength standard deviations up for dense tiles, down for the others."""
+    """float32 [tiles] on the CPU: noise, and prior_strength standard deviations up for dense tiles, down for the others.
+
+    PATCH's code takes the standard deviation of each layer's noise as it was drawn, of one tile there is none.
+    """
     noise = config.init_std * torch.randn(tiles, generator=generator)
     if tile_maps is None:
         return noise
+    std = torch.full_like(noise, config.init_std)
+    if config.compat == "patch":
+        sizes = [tile_map.kinds.numel() for tile_map in tile_maps.values()]
+        for drawn, of_layer in zip(noise.split(sizes), std.split(sizes), strict=True):
+            if drawn.numel() > 1:
+                of_layer.fill_(drawn.std())
     dense = torch.cat([(tile_map.kinds == int(TileKind.DENSE)).flatten() for tile_map in tile_maps.values()])
-    return noise + config.prior_strength * config.init_std * (2.0 * dense - 1.0)
+    return noise + config.prior_strength * std * (2.0 * dense - 1.0)
 
 
 def pattern_logits(shape: tuple[int, int], codes: Tensor | None, config: LearnConfig, generator: torch.Generator) -> Tensor:
