@@ -18,6 +18,8 @@ from pathlib import Path
 OUR_FILES = ("mask.safetensors", "pruning.json")
 OUR_DIRECTORIES = ("additional_chat_templates",)  # written by tokenizers that have several
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk and of a quota
+
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -31,7 +33,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield partial
         if not partial.is_file():
             raise ValueError(f"{path}: nothing was written")
-        _finish(partial)
+        settle(partial)
         os.replace(partial, target)
         _flush(target.parent)
 
@@ -49,7 +51,7 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         partial.mkdir()
         yield partial
         for file in (*partial.rglob("*"), partial):
-            _finish(file)
+            settle(file)
         _check_replaceable(target, path)  # the writer may have run for hours
         _replace_directory(partial, target)
         _flush(target.parent)
@@ -105,7 +107,9 @@ def _partial(target: Path) -> Iterator[Path]:
     partial = target.parent / f".{target.name[:100]}.{secrets.token_hex(6)}.partial"
     try:
         yield partial
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno in _FULL and error.filename is None:
+            error.filename = str(target)  # a write into an open file does not say where
         _remove(partial)
         for parent in made:
             with suppress(OSError):  # somebody else may have put a file there meanwhile
@@ -156,7 +160,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _finish(path: Path) -> None:
+def settle(path: Path) -> None:
     """On disk, and readable by whom the umask lets: safetensors writes for its owner alone."""
     if path.is_file():
         umask = os.umask(0)
@@ -179,5 +183,5 @@ def _flush(path: Path) -> None:
         finally:
             os.close(handle)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        if error.errno in (*_FULL, errno.EIO):
             raise

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,13 @@ def test_what_never_reached_the_disk_replaces_nothing(
         partial.write_text("new")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == kept
+
+
+@pytest.mark.parametrize("how", [atomic_file, atomic_directory])
+def test_of_a_full_disk_the_place_is_named(tmp_path: Path, how: Callable[[Path], AbstractContextManager[Path]]) -> None:
+    with pytest.raises(OSError) as caught, how(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a write into an open file does
+    assert str(tmp_path / "out") in str(caught.value)
 
 
 def test_atomic_file_needs_a_file(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import shutil
@@ -233,6 +235,38 @@ def test_a_failed_save_leaves_the_older_checkpoints(tmp_path, seed, monkeypatch)
     resumed = Run("tile", seed)
     resumed.train(tmp_path, resume=True, save_every=2)
     assert same_bits(resumed.learned(), undisturbed("tile", seed)[0].learned())
+
+
+def test_a_full_disk_is_told_where_only_fsync_tells_it(tmp_path, seed, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    run = Run("tile", seed)
+    stop_in_step(run, 3, lambda: monkeypatch.setattr(os, "fsync", full))
+    with pytest.raises(OSError, match=r"step-00000004 cannot be written \(.*No space left.*--resume goes on"):
+        run.train(tmp_path, save_every=2)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_a_full_disk_is_told_where_torch_does_not_tell_it(tmp_path, seed, monkeypatch):
+    class Full(io.FileIO):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(training_state, "open", lambda path, mode: Full(path, "w"), raising=False)
+    with pytest.raises(OSError, match=r"step-00000002 cannot be written \(.*No space left.*--resume goes on"):
+        Run("tile", seed).train(tmp_path, save_every=2)
+    assert not any((tmp_path / "checkpoints").iterdir())
+
+
+def test_whom_the_umask_lets_may_go_on_with_a_run(tmp_path, seed):
+    before = os.umask(0o027)
+    try:
+        Run("tile", seed, steps=2).train(tmp_path)
+    finally:
+        os.umask(before)
+    found = training_state.latest(tmp_path)
+    assert {oct(file.stat().st_mode & 0o777) for file in found.path.iterdir()} == {"0o640"}
 
 
 def test_compact_precision_resumes_with_its_rounding_and_8_bit_state(tmp_path, seed):

@@ -27,6 +27,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from patch_compiler.atomic import settle
+
 from ..soft_masks.learn_config import LearnConfig
 from ..soft_masks.learned_masks import LearnedMasks
 from ..token_file import TokenFile
@@ -86,11 +88,12 @@ def save(
         if ranks.first:
             state[name] = complete.cpu().contiguous()
         del complete
-    if sharded or ranks.first:
-        torch.save(optimizer.state_dict(), partial / _OPTIMIZER.format(ranks.rank))
-    ranks.gather(None)  # all files are there
+    failure = _write_optimizer(partial / _OPTIMIZER.format(ranks.rank), optimizer) if sharded or ranks.first else None
+    failures = [failure for failure in ranks.gather(failure) if failure is not None]  # all files are there, or are not
 
     def finish() -> None:
+        if failures:
+            raise OSError(failures[0])
         save_file(state, partial / _MASKS)
         record = {
             "format": "patch-learning", "version": 1, "step": step, "config": config.as_json(), "text": tokens.digest,
@@ -98,14 +101,36 @@ def save(
         }  # fmt: skip
         (partial / _STATE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         for file in (*partial.iterdir(), partial):
-            _flush(file)
+            settle(file)
         shutil.rmtree(target, ignore_errors=True)  # the same step, saved before an interruption
         os.replace(partial, target)
         for old in sorted(target.parent.glob("step-*"))[:-KEPT]:
             shutil.rmtree(old, ignore_errors=True)
 
-    ranks.first_does(finish)
+    def finish_or_clear() -> None:
+        try:
+            finish()
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise OSError(
+                f"checkpoint {target} cannot be written ({error}); once it can, --resume goes on from the one before it, if "
+                "there is one"
+            ) from error
+
+    ranks.first_does(finish_or_clear)
     return target
+
+
+def _write_optimizer(file: Path, optimizer: LearnedOptimizer) -> str | None:
+    """What hindered it, if something did: other processes wait for this one, and have to know."""
+    state = optimizer.state_dict()
+    try:
+        with open(file, "wb") as out:
+            torch.save(state, out)
+    except (OSError, RuntimeError) as error:
+        cause = error.__context__  # torch's own error does not tell that the disk is full
+        return str(cause if isinstance(cause, OSError) else error)
+    return None
 
 
 def check(found: Checkpoint, config: LearnConfig, tokens: TokenFile) -> None:
@@ -200,13 +225,3 @@ def _unreadable(file: Path, error: Exception) -> ValueError:
         f"checkpoint {file.parent}: its {file.name} cannot be read ({reason}); remove that directory, and --resume goes on "
         "from the checkpoint before it, if there is one"
     )
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError:  # some network mounts cannot
-        pass
-    finally:
-        os.close(handle)
