@@ -249,6 +249,15 @@ def test_the_command(named: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "Tokens a second" in html.read_text()
 
 
+def test_an_interrupt_is_one_line(named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "measure", interrupted)
+    assert command.main([named, "--dense=eager", "--sparsity=0.45"]) == 130
+    assert capsys.readouterr().err.strip() == "interrupted"
+
+
 def test_first_calls_meet_empty_caches_and_then_full_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATCH_CACHE_DIR", str(tmp_path))
     (tmp_path / "tuned").mkdir()

@@ -70,27 +70,34 @@ def table_of(record: Mapping[str, Any]) -> tuple[list[tuple[object, ...]], list[
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     args = _arguments(arguments)
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
-        if device.type == "cpu" and parameter_count(args.model) > LARGEST_ON_CPU:
-            print("error: there is no GPU here; without one only models below 0.5 billion parameters are run", file=sys.stderr)
-            return 2
-        for path in (args.output, args.page):
-            if path is not None:
-                check_file(path)
-        work = Workload(args.batch, args.prompt, args.new, args.long_prompt)
-        compiling = _compile_times(args, work) if args.compile_time else []  # before weights of this process fill the GPU
-        model = load(args.model, device, dtype)
-        made = variants(model, args.sparsity, args.dense)
-        if not made:
-            raise ValueError("--sparsity and --dense name nothing to measure")
-        came_packed = is_packed(model)
-        del model  # where only packed copies are measured, nothing else needs the dense weights
-        found = measure(made, work, args.rounds, _say)
+        _run(args, arguments)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    return 0
+
+
+def _run(args: argparse.Namespace, arguments: Sequence[str]) -> None:
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if device.type == "cpu" and parameter_count(args.model) > LARGEST_ON_CPU:
+        raise ValueError("there is no GPU here; without one only models below 0.5 billion parameters are run")
+    for path in (args.output, args.page):
+        if path is not None:
+            check_file(path)
+    work = Workload(args.batch, args.prompt, args.new, args.long_prompt)
+    compiling = _compile_times(args, work) if args.compile_time else []  # before weights of this process fill the GPU
+    model = load(args.model, device, dtype)
+    made = variants(model, args.sparsity, args.dense)
+    if not made:
+        raise ValueError("--sparsity and --dense name nothing to measure")
+    came_packed = is_packed(model)
+    del model  # where only packed copies are measured, nothing else needs the dense weights
+    found = measure(made, work, args.rounds, _say)
     note = "Weights random." if args.model in SIZES else "Weights of the model."
     if came_packed:
         note += " Dense variants are unpacked from it."
@@ -113,7 +120,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.page is not None:
         with atomic_file(args.page) as unfinished:
             unfinished.write_text(page(record | {"provenance": facts}), encoding="utf-8")
-    return 0
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
