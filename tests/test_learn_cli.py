@@ -142,7 +142,7 @@ def test_patterns_can_come_from_a_mask_file(base, tmp_path, capsys):
     pruned = tmp_path / "pruned"
     prune = ["prune", str(base), "--tile", "16", "--samples", "4", "--context", "24", "--device", "cpu", "--quiet"]
     assert main([*prune, "--pattern", "2:4", "--method", "magnitude", "-o", str(pruned)]) == 0
-    assert learn(base, tmp_path / "out", "--mask-from", str(pruned / "mask.safetensors")) == 0
+    assert learn(base, tmp_path / "out", "--mask-from", str(pruned)) == 0
     given, learned = (load_masks(tmp_path / name / "mask.safetensors").masks for name in ("pruned", "out"))
     for name, mask in learned.items():
         sparse = mask.tile_map.group_kinds() == int(TileKind.SPARSE24)

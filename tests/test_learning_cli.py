@@ -82,11 +82,11 @@ def test_prune_writes_a_directory_that_says_what_it_is(pruned, base):
 
 
 def test_prune_shows_layers_total_and_the_next_command(base, tmp_path, capsys):
-    out = tmp_path / "out"
+    out = tmp_path / "my out"
     assert main(["prune", str(base), *PRUNE, "-o", str(out)]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in weights_of(base))
-    assert f"next: python -m learning evaluate {out}" in shown
+    assert f"next: python -m learning evaluate '{out}'" in shown  # as a shell takes it
     assert "asked for 35.0000%" in shown
     assert "4 windows of 48 tokens, shipped calibration text" in shown
 
@@ -145,6 +145,7 @@ def test_the_same_run_gives_the_same_artifacts(base, pruned, tmp_path):
 def test_compressed_masked_and_exported_have_the_same_perplexity(base, pruned, tmp_path):
     packed = run_json(tmp_path, str(pruned))
     masked = run_json(tmp_path, str(base), "--mask", str(pruned / "mask.safetensors"))
+    assert run_json(tmp_path, str(base), "--mask", str(pruned))["perplexity"] == masked["perplexity"]
     assert main(["export", str(pruned), str(tmp_path / "dense")]) == 0
     exported = run_json(tmp_path, str(tmp_path / "dense"))
     dense = run_json(tmp_path, str(base))
@@ -199,7 +200,7 @@ def test_export_of_a_dense_model_is_a_copy(base, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["patch", "maskllm", "dense"])
-def test_imported_masks_equal_ours(base, pruned, tmp_path, kind):
+def test_imported_masks_equal_ours(base, pruned, tmp_path, capsys, kind):
     masks = load_masks(pruned / "mask.safetensors").masks
     if kind == "dense":
         source = tmp_path / "dense"
@@ -217,8 +218,9 @@ def test_imported_masks_equal_ours(base, pruned, tmp_path, kind):
             else:
                 arrays[f"{name}.weight.mask"] = packed
         np.savez(source, **arrays)
-    target = tmp_path / "mask.safetensors"
+    target = tmp_path / "my mask.safetensors"
     assert main(["import-mask", str(source), str(base), "--format", kind, "--tile", "16", "-o", str(target)]) == 0
+    assert f"next: python -m learning evaluate {base} --mask '{target}'" in capsys.readouterr().out
     imported = load_masks(target)
     assert imported.base_model == "base"
     sparse = {n: m for n, m in masks.items() if m.sparsity > 0 or (kind != "dense" and n in imported.masks)}

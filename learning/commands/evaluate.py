@@ -20,6 +20,7 @@ from ..evaluation.zero_shot import PAPER_TASKS, LoadedTasks, ZeroShot, load_task
 from ..models import check_context, load_model
 from .options import (
     DTYPES,
+    MASK_HELP,
     MODEL_HELP,
     add_dtype_and_device,
     add_quiet,
@@ -42,7 +43,7 @@ def add_parser(commands: Any) -> None:
         "are named. Perplexities can be compared only at the same text, tokenizer and windows.",
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--mask", metavar="MASK", type=Path, help="mask file to apply to MODEL first")
+    parser.add_argument("--mask", metavar="MASK", type=Path, help=f"to apply to MODEL first: {MASK_HELP}")
     parser.add_argument("--compile", action="store_true", help='run it through torch.compile(model, backend="patch")')
     parser.add_argument("-o", "--output", "--json", metavar="FILE", type=Path, help="also write the results here, as JSON")
     text = parser.add_argument_group("perplexity")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,8 @@ def run(args: argparse.Namespace) -> None:
     size = args.output.stat().st_size
     print(f"{len(masks)} layers, sparsity {sparsity:.2%}, {8 * size / weights:.2f} bits a weight")
     print(f"wrote {args.output}, {human_bytes(size)}")
-    print(f"next: python -m learning evaluate {args.model} --mask {args.output}")
+    model, mask = shlex.quote(args.model), shlex.quote(str(args.output))
+    print(f"next: python -m learning evaluate {model} --mask {mask}")
 
 
 def _read(args: argparse.Namespace, skeleton: nn.Module) -> Mapping[str, HardMask]:

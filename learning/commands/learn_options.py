@@ -10,7 +10,7 @@ from typing import Any, get_args
 from ..one_shot import METHODS
 from ..soft_masks.learn_config import Compat, LearnConfig, Mode, Precision, Ramp, Relaxing, TilePrior, TrainingBudget
 from .budget_options import add_budget, budget_of
-from .options import DEFAULT_SPARSITY, add_dtype_and_device, add_layers, add_quiet, positive
+from .options import DEFAULT_SPARSITY, MASK_HELP, add_dtype_and_device, add_layers, add_quiet, positive
 
 # of LearnConfig, by name; what is not given keeps its published value
 _NUMBERS: dict[str, tuple[Any, str]] = {
@@ -80,7 +80,7 @@ def add_options(parser: Any) -> None:
 
     start = parser.add_argument_group("start")
     start.add_argument(
-        "--mask-from", metavar="MASK", type=Path, help="2:4 patterns from the tiles of this mask file that are 2:4"
+        "--mask-from", metavar="MASK", type=Path, help=f"2:4 patterns from the tiles that are 2:4 there: {MASK_HELP}"
     )
     start.add_argument(
         "--pattern-method", choices=sorted([*METHODS, "none"]), default="sparsegpt",

@@ -15,11 +15,13 @@ from torch import nn
 from patch_compiler.artifact import load_masks
 from patch_compiler.atomic import check_writable, existing_parent
 from patch_compiler.hard_mask import HardMask
+from patch_compiler.hf import MASK_FILE
 from patch_compiler.text_table import human_bytes
 from patch_compiler.tile_map import DEFAULT_TILE, normalize_tile
 
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DEFAULT_SPARSITY = 0.35
+MASK_HELP = f"mask file, or a directory with {MASK_FILE}, as `prune` and `learn` write it"
 MODEL_HELP = "hub id, local directory, .gguf file, or a directory written by `prune` or `learn`"
 
 
@@ -98,7 +100,10 @@ def check_space(out: Path, model: nn.Module, sparsity: float) -> None:
 
 
 def read_masks(path: Path) -> dict[str, HardMask]:
-    """Masks of a mask file by module path. Raises ValueError (ArtifactError) or OSError for anything else."""
+    """Masks of a mask file, or of a directory that holds one, by module path. Raises ValueError (ArtifactError) or OSError for
+    anything else."""
+    if path.is_dir():
+        path = path / MASK_FILE
     if path.suffix == ".npz":
         raise ValueError(f"mask {path}: a file of another project; `python -m learning import-mask` makes a mask file of it")
     return load_masks(path).masks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -104,4 +105,4 @@ class PrunedOutput:
         if tiles:
             print(f"pruned linears: {total:,} bytes, {total / before:.3f} of dense ({before:,} bytes)")
         print(f"wrote {output}")
-        print(f"next: python -m learning evaluate {output}")
+        print(f"next: python -m learning evaluate {shlex.quote(str(output))}")

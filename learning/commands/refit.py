@@ -7,13 +7,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from patch_compiler.hf import MASK_FILE
 from patch_compiler.tile_map import sparsity_of
 
 from ..models import load_model
 from ..refit import refit
 from .calibration_options import add_calibration, calibration_record, calibration_windows, describe_calibration
-from .options import DTYPES, add_dtype_and_device, add_quiet, check_space, default_device, read_masks
+from .options import DTYPES, MASK_HELP, add_dtype_and_device, add_quiet, check_space, default_device, read_masks
 from .pruned_output import PrunedOutput, check_places
 
 
@@ -26,12 +25,7 @@ def add_parser(commands: Any) -> None:
         "`import-mask`. Writes a directory like that of `prune`.",
     )
     parser.add_argument("model", metavar="MODEL", help="the dense model: hub id, local directory or .gguf file")
-    parser.add_argument(
-        "masks",
-        metavar="MASKS",
-        type=Path,
-        help=f"mask file, or a directory with {MASK_FILE}, as `prune` and `learn` write it",
-    )
+    parser.add_argument("masks", metavar="MASKS", type=Path, help=MASK_HELP)
     add_calibration(parser, "calibration")
     parser.add_argument("-o", "--output", metavar="OUT", type=Path, required=True, help="directory to write")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is an earlier output of this program")
@@ -42,8 +36,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     check_places(args.model, args.output, args.overwrite)
-    file = args.masks / MASK_FILE if args.masks.is_dir() else args.masks
-    masks = read_masks(file)  # a bad file shows before the model is loaded
+    masks = read_masks(args.masks)  # a bad file shows before the model is loaded
     start = time.perf_counter()
     loaded = load_model(args.model, DTYPES[args.dtype])
     check_space(args.output, loaded.model, sparsity_of(mask.tile_map for mask in masks.values()))
