@@ -111,6 +111,9 @@ def _load_hf(source: ModelSource, dtype: torch.dtype | None, device: torch.devic
     _read_config(source.location)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.location)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"model {source.location!r} has no tokenizer that can be read: {_all_lines(error)}") from error
+    try:
         model, info = _from_pretrained(source.location, dtype=dtype or "auto")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"model {source.location!r} cannot be loaded: {_first_line(error)}") from error
@@ -133,7 +136,7 @@ def _load_compressed(path: Path, dtype: torch.dtype | None, device: torch.device
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"compressed model {path.name!r}: its directory holds no tokenizer ({_first_line(error)})") from error
+        raise ValueError(f"compressed model {path.name!r}: its directory holds no tokenizer ({_all_lines(error)})") from error
     model = load_compressed(path, device, dtype or "auto")
     return LoadedModel(model, tokenizer, path.resolve().name, _how_pruned(path))
 
@@ -200,6 +203,10 @@ def _check_complete(info: dict[str, Any], name: str) -> None:
         raise ValueError(
             f"model {name!r}: the checkpoint lacks {len(missing)} weights, the first is {missing[0]!r}; they would be random"
         )
+
+
+def _all_lines(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _first_line(error: BaseException) -> str:

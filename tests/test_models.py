@@ -72,7 +72,7 @@ def test_a_compressed_directory(tmp_path):
     assert load_model(tmp_path / "packed").note is None
     for file in (tmp_path / "packed").glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(ValueError, match="'packed': its directory holds no tokenizer"):
+    with pytest.raises(ValueError, match=r"'packed': its directory holds no tokenizer \(.*installed"):
         load_model(tmp_path / "packed")
 
 
@@ -154,7 +154,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
 
 def test_a_directory_without_tokenizer_is_refused(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "m")
-    with pytest.raises(ValueError, match=r"model '.*m' cannot be loaded"):
+    with pytest.raises(ValueError, match=r"model '.*m' has no tokenizer that can be read: .*installed"):  # to the last line
         load_model(tmp_path / "m")
 
 
