@@ -80,19 +80,24 @@ def existing_parent(out: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
-def locked(directory: Path) -> Iterator[None]:
+def locked(directory: Path, *, wait: bool = True) -> Iterator[None]:
     """One process at a time, of those that ask for this directory (made if missing): to change a file that one reads first.
 
-    No file is left behind. Where a file system or platform has no such locks, all are let in.
+    wait: False raises BlockingIOError where another one is in it. No file is left behind. Where a file system or platform has
+    no such locks, all are let in.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        with suppress(ImportError, OSError):
+        try:
             import fcntl
 
             handle = os.open(directory, os.O_RDONLY)
             stack.callback(os.close, handle)  # closing unlocks
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except (ImportError, OSError):
+            pass
         yield
 
 

@@ -31,7 +31,8 @@ from patch_compiler.tile_map import TileKind
 
 from .tiny import save_tiny
 
-PRUNE = ["--tile", "16", "--samples", "4", "--context", "48", "--device", "cpu", "--quiet"]
+WITHOUT_TILES = ["--samples", "4", "--context", "48", "--device", "cpu", "--quiet"]
+PRUNE = ["--tile", "16", *WITHOUT_TILES]
 EVALUATE = ["--context", "48", "--limit-tokens", "500", "--device", "cpu", "--quiet"]
 COMPRESSED = {"config.json", "generation_config.json", "mask.safetensors", "model.safetensors", "pruning.json"}
 
@@ -95,7 +96,21 @@ def test_prune_shows_layers_total_and_the_next_command(base, tmp_path, capsys):
 def test_unstructured_is_an_ordinary_checkpoint(base, tmp_path, method):
     out = tmp_path / "out"
     assert (
-        main(["prune", str(base), *PRUNE, "--method", method, "--pattern", "unstructured", "--sparsity", "0.4", "-o", str(out)])
+        main(
+            [
+                "prune",
+                str(base),
+                *WITHOUT_TILES,
+                "--method",
+                method,
+                "--pattern",
+                "unstructured",
+                "--sparsity",
+                "0.4",
+                "-o",
+                str(out),
+            ]
+        )
         == 0
     )
     weights = weights_of(out)
@@ -348,7 +363,7 @@ def test_debug_shows_the_traceback(tmp_path):
 def test_overwrite_replaces_an_earlier_output(base, tmp_path):
     out = tmp_path / "out"
     assert main(["prune", str(base), *PRUNE, "-o", str(out)]) == 0
-    assert main(["prune", str(base), *PRUNE, "--pattern", "unstructured", "-o", str(out), "--overwrite"]) == 0
+    assert main(["prune", str(base), *WITHOUT_TILES, "--pattern", "unstructured", "-o", str(out), "--overwrite"]) == 0
     assert "mask.safetensors" not in files(out)
     assert main(["prune", str(base), *PRUNE, "-o", str(out), "--overwrite"]) == 0
     assert files(out) >= COMPRESSED

@@ -334,7 +334,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("models") / "base")
 
 
-PRUNE = ["--tile", "16", "--samples", "4", "--context", "48", "--device", "cpu", "--quiet"]
+WITHOUT_TILES = ["--samples", "4", "--context", "48", "--device", "cpu", "--quiet"]
+PRUNE = ["--tile", "16", *WITHOUT_TILES]
 
 
 def test_command(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -360,9 +361,11 @@ def tiny(path: Path) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(path)
 
 
-@pytest.mark.parametrize("pattern", [["--pattern", "2:4"], ["--sparsity", "0.3"], ["--pattern", "unstructured"]])
-def test_thanos_command(base: Path, tmp_path: Path, pattern: list[str]) -> None:
-    assert main(["prune", str(base), *PRUNE, "--method", "thanos", *pattern, "-o", str(tmp_path / "out")]) == 0
+@pytest.mark.parametrize(
+    "options", [[*PRUNE, "--pattern", "2:4"], [*PRUNE, "--sparsity", "0.3"], [*WITHOUT_TILES, "--pattern", "unstructured"]]
+)
+def test_thanos_command(base: Path, tmp_path: Path, options: list[str]) -> None:
+    assert main(["prune", str(base), *options, "--method", "thanos", "-o", str(tmp_path / "out")]) == 0
     record = json.loads((tmp_path / "out" / "pruning.json").read_text())
     assert (record["method"], record["training"]) == ("thanos", None)
     assert {layer["method"] for layer in record["layers"]} == {"thanos"}
@@ -376,6 +379,7 @@ def test_thanos_command(base: Path, tmp_path: Path, pattern: list[str]) -> None:
         (["--method", "proxsparse", "--penalty", "nan"], "penalty nan"),
         (["--method", "proxsparse", "--steps", "0"], "not a positive integer"),
         (["--lr", "1e-3"], "--lr: only proxsparse trains, not wanda"),
+        (["--pattern", "unstructured", "--tile", "64"], "--tile has no use with --pattern unstructured, which has no tiles"),
         (["--method", "thanos", "--penalty", "1", "--steps", "3"], "--penalty, --steps: only proxsparse trains, not thanos"),
     ],
 )

@@ -81,9 +81,7 @@ def test_killed_it_goes_on_bit_for_bit(tmp_path, seed):
 def test_asked_to_stop_it_saves_between_two_steps(mode, how, tmp_path, seed):
     run = Run(mode, seed)
     handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
-    stop_in_step(
-        run, 2, lambda: (tmp_path / STOP_FILE).touch() if how == "file" else os.kill(os.getpid(), getattr(signal, how))
-    )
+    stop_in_step(run, 2, lambda: (tmp_path / STOP_FILE).touch() if how == "file" else signal.raise_signal(getattr(signal, how)))
     with pytest.raises(Stopped, match="stopped after step 3, which is saved"):
         run.train(tmp_path)
     assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == handlers
@@ -105,15 +103,33 @@ def test_a_request_from_before_the_first_step_is_heard_once(tmp_path, seed):
 def test_a_second_signal_interrupts_at_once(tmp_path, seed, monkeypatch):
     monkeypatch.setattr("learning.training.stop_request._AGAIN", -1.0)
     run = Run("tile", seed)
-    stop_in_step(run, 2, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+    stop_in_step(run, 2, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
     with pytest.raises(KeyboardInterrupt) as caught:
         run.train(tmp_path)
     assert not isinstance(caught.value, Stopped)
 
 
+def test_a_directory_is_one_process_s_at_a_time(tmp_path, seed):
+    """A job that was queued again finds the first one alive: it changes nothing, and the first goes on."""
+    run, asked = Run("tile", seed), []
+
+    def again() -> None:
+        with pytest.raises(
+            ValueError, match="another process is learning in it; wait for its end, or make a file 'stop' there"
+        ):
+            Run("tile", seed).train(tmp_path, resume=True)
+        asked.append(True)
+
+    stop_in_step(run, 2, again)
+    run.train(tmp_path, save_every=1)
+    assert asked == [True]
+    assert steps_of(tmp_path) == [1, 2, 3, 4, 5, 6]
+    Run("tile", seed).train(tmp_path, resume=True)  # and then it is free
+
+
 def test_it_stops_without_a_directory_and_outside_the_main_thread(seed):
     run = Run("tile", seed)
-    stop_in_step(run, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    stop_in_step(run, 1, lambda: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(Stopped, match=r"stopped after step 2$"):
         run.train()
     finished = []

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from patch_compiler.tile_map import DEFAULT_TILE
+
 from ..budget import Budget
 from ..models import load_model
 from ..one_shot import METHODS
@@ -94,6 +96,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--per-layer and --budget choose dense tiles: they are for --pattern hybrid")
     _sparsity(args)
     check_request(args.method, args.pattern, args.sparsity, torch.empty(0), None)  # there will be windows
+    if args.pattern == "unstructured" and args.tile != DEFAULT_TILE:
+        raise ValueError("--tile has no use with --pattern unstructured, which has no tiles")
     given = _training_options(args)
     if given and METHODS[args.method].needs != "training":
         raise ValueError(f"{', '.join(f'--{name}' for name in given)}: only proxsparse trains, not {args.method}")

@@ -13,11 +13,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from patch_compiler.atomic import locked
 
 from ..blocks import check_windows, resolve_device
 from ..models import check_context
@@ -29,7 +32,7 @@ from .distributed import Ranks, share_out_trained
 from .log import TrainingLog, check_loggers
 from .next_token_loss import first_not_finite, mean_loss, next_token_loss
 from .optimizer import LearnedOptimizer, check_optimizer
-from .stop_request import Stopped, StopRequest
+from .stop_request import STOP_FILE, Stopped, StopRequest
 from .training_blocks import training_blocks
 
 
@@ -94,19 +97,31 @@ def train(
     """
     ranks = ranks or Ranks(next(model.parameters()).device)
     loop = _Loop(model, masks, tokens, config, run, validation, ranks, recompute, compiled)
-    if run is not None and ranks.first:
-        run.mkdir(parents=True, exist_ok=True)
-    found = ranks.gather(training_state.latest(run) if run is not None and ranks.first else None)[0]
-    if found is not None and not resume:
-        raise ValueError(f"run {run}: has a checkpoint of step {found.step}; resume it, or name another directory")
-    first = loop.prepare(found)
-    log = TrainingLog(
-        run if ranks.first else None, first, config.steps, progress=progress and ranks.first,
-        tensorboard=tensorboard and ranks.first, wandb=wandb if ranks.first else None, settings=config.as_json(),
-    )  # fmt: skip
-    blocks = training_blocks(model, recompute=loop.recompute, compiled=loop.compiled)
-    with log, StopRequest(run if ranks.first else None) as request, blocks:
-        return loop.run(first, log, request, validate_every, save_every)
+    with ExitStack() as alone:
+        if run is not None:
+            ranks.first_does(lambda: _enter_alone(alone, run))
+        found = ranks.gather(training_state.latest(run) if run is not None and ranks.first else None)[0]
+        if found is not None and not resume:
+            raise ValueError(f"run {run}: has a checkpoint of step {found.step}; resume it, or name another directory")
+        first = loop.prepare(found)
+        log = TrainingLog(
+            run if ranks.first else None, first, config.steps, progress=progress and ranks.first,
+            tensorboard=tensorboard and ranks.first, wandb=wandb if ranks.first else None, settings=config.as_json(),
+        )  # fmt: skip
+        blocks = training_blocks(model, recompute=loop.recompute, compiled=loop.compiled)
+        with log, StopRequest(run if ranks.first else None) as request, blocks:
+            return loop.run(first, log, request, validate_every, save_every)
+
+
+def _enter_alone(stack: ExitStack, run: Path) -> None:
+    """The directory is this run's until the stack is left, or the process has gone: a job that was queued again may find the
+    first one alive. Raises ValueError if it is another process's."""
+    try:
+        stack.enter_context(locked(run, wait=False))
+    except BlockingIOError:
+        raise ValueError(
+            f"run {run}: another process is learning in it; wait for its end, or make a file {STOP_FILE!r} there"
+        ) from None
 
 
 def check_run(config: LearnConfig, ranks: Ranks, tensorboard: bool = False, wandb: bool = False) -> None:
