@@ -11,9 +11,11 @@ import signal
 import threading
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from learning.training import state as training_state
 from learning.training.stop_request import STOP_FILE, Stopped
@@ -107,6 +109,23 @@ def test_a_second_signal_interrupts_at_once(tmp_path, seed, monkeypatch):
     with pytest.raises(KeyboardInterrupt) as caught:
         run.train(tmp_path)
     assert not isinstance(caught.value, Stopped)
+
+
+@pytest.mark.parametrize("mode", ["tile", "joint"])
+def test_a_disk_that_is_too_small_is_said_before_the_first_step(mode, tmp_path, seed, monkeypatch):
+    """It must have room for three, as large as they will be."""
+    run = Run(mode, seed, steps=2)
+    size = training_state.checkpoint_bytes(run.masks)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * size - 1))
+    with pytest.raises(ValueError, match="free, its checkpoints need"):
+        run.train(tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * size))
+    run.train(tmp_path)
+    tensors = load_file(tmp_path / "checkpoints" / "step-00000002" / "masks.safetensors")
+    optimizers = torch.load(tmp_path / "checkpoints" / "step-00000002" / "optimizer-0.pt", weights_only=True)
+    held = [t for each in optimizers for own in each["state"].values() for t in own.values() if t.dim()]
+    assert sum(t.nbytes for t in (*tensors.values(), *held)) == size
 
 
 def test_a_directory_is_one_process_s_at_a_time(tmp_path, seed):

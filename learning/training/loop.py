@@ -103,6 +103,8 @@ def train(
         found = ranks.gather(training_state.latest(run) if run is not None and ranks.first else None)[0]
         if found is not None and not resume:
             raise ValueError(f"run {run}: has a checkpoint of step {found.step}; resume it, or name another directory")
+        if run is not None and (found is None or found.step < config.steps):
+            ranks.first_does(lambda: training_state.check_space(run, masks, found))
         first = loop.prepare(found)
         log = TrainingLog(
             run if ranks.first else None, first, config.steps, progress=progress and ranks.first,

@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from patch_compiler.atomic import settle
+from patch_compiler.text_table import human_bytes
 
 from ..soft_masks.learn_config import LearnConfig
 from ..soft_masks.learned_masks import LearnedMasks
@@ -131,6 +132,20 @@ def _write_optimizer(file: Path, optimizer: LearnedOptimizer) -> str | None:
         cause = error.__context__  # torch's own error does not tell that the disk is full
         return str(cause if isinstance(cause, OSError) else error)
     return None
+
+
+def check_space(run: Path, masks: LearnedMasks, found: Checkpoint | None) -> None:
+    """Raises ValueError if the run's disk has no room for checkpoints: the kept ones and the one that is being written."""
+    needed = checkpoint_bytes(masks) * (KEPT + 1 if found is None else 1)
+    free = shutil.disk_usage(run).free
+    if free < needed:
+        raise ValueError(f"run {run}: its disk has {human_bytes(free)} free, its checkpoints need {human_bytes(needed)}")
+
+
+def checkpoint_bytes(masks: LearnedMasks) -> int:
+    """Of a checkpoint of one process or all together, at most; without headers."""
+    learned = sum(p.nbytes for group in masks.parameters_to_train() for p in group["params"])
+    return sum(t.nbytes for t in masks.state_dict().values()) + 2 * learned  # AdamW's state is at most twice as large
 
 
 def check(found: Checkpoint, config: LearnConfig, tokens: TokenFile) -> None:
