@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -368,30 +367,6 @@ def test_overwrite_replaces_an_earlier_output(base, tmp_path):
     assert main(["prune", str(base), *PRUNE, "-o", str(out), "--overwrite"]) == 0
     assert files(out) >= COMPRESSED
     assert files(tmp_path) == {"out"}
-
-
-@pytest.fixture
-def heard():
-    """A shell starts what it runs in the background deaf to SIGINT."""
-    found = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, found)
-
-
-@pytest.mark.parametrize(("module", "moment"), [(prune_command, "prune"), (pruned_output, "save_compressed")])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_leaves_nothing(base, tmp_path, capsys, monkeypatch, module, moment, number, heard):
-    original, before = getattr(module, moment), signal.getsignal(number)
-
-    def interrupted(*args, **kwargs):
-        original(*args, **kwargs)
-        signal.raise_signal(number)
-
-    monkeypatch.setattr(module, moment, interrupted)
-    assert main(["prune", str(base), *PRUNE, "-o", str(tmp_path / "sub" / "out")]) == 130
-    assert files(tmp_path) == set()
-    assert "interrupted" in capsys.readouterr().err
-    assert signal.getsignal(number) == before
 
 
 def ours(stderr: str) -> list[str]:
