@@ -29,6 +29,7 @@ import torch
 from torch import nn
 
 from patch_compiler import HardMask, TileKind, TileMap, convert, explain, named_linears
+from patch_compiler.bench import first_call
 from patch_compiler.bench.random_llama import SIZES, random_llama
 from patch_compiler.linears import weight_of
 from patch_compiler.masks import PATTERNS
@@ -38,7 +39,7 @@ from .results_file import results_file
 
 SPARSITY = 0.45
 WHAT = ("patch", "dense")
-CACHES = ("PATCH_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "PYTHONPYCACHEPREFIX")
+CACHES = (*first_call.CACHES, "PYTHONPYCACHEPREFIX")
 
 
 def random_masks(model: nn.Module) -> dict[str, HardMask]:

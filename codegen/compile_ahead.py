@@ -77,13 +77,16 @@ def compiling(kernels: Mapping[torch.device, Iterable[Specialisation]]) -> Itera
 def _compile(kernels: Iterable[Specialisation], device: torch.device) -> None:
     for kernel in kernels:
         try:
-            _run_tiny(kernel, device)
+            _run_tiny(kernel, device, expand=True)
         except Exception as error:
             print(f"{kernel.schedule}: {' '.join(str(error).split())[:300]}", file=sys.stderr, flush=True)
 
 
-def _run_tiny(kernel: Specialisation, device: torch.device) -> None:
-    """Run it once on a tiny layer; the module and the binary are the same as a large one's."""
+def _run_tiny(kernel: Specialisation, device: torch.device, *, expand: bool = False) -> None:
+    """Run it once on a tiny layer; the module and the binary are the same as a large one's.
+
+    expand: the kernel of `Layer.dense` too, which what runs in threads does not need and would compile once for each.
+    """
     with torch.cuda.device(device), torch.no_grad():
         layer = _tiny(kernel, device)
         (out_features, in_features), dtype, map_ = layer.tile_map.shape, layer.dtype, layer.map
@@ -93,7 +96,8 @@ def _run_tiny(kernel: Specialisation, device: torch.device) -> None:
         y = torch.zeros(3, out_features // 2 if kernel.gated else out_features, dtype=dtype, device=device)
         bias = torch.zeros(out_features, dtype=dtype, device=device) if kernel.bias else None
         layer.run(y, x, values, metadata, bias, schedule=kernel.schedule, gated=kernel.gated)
-        layer.dense(values, metadata)
+        if expand:
+            layer.dense(values, metadata)
         torch.cuda.synchronize()
 
 

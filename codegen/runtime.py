@@ -58,6 +58,7 @@ class Layer:
         self.tile_map, self.dtype, self.order, self.device = tile_map, dtype, order, device
         self.map: SlabMap = slab_map(tile_map)
         self.gpu: GpuSpec = this_gpu(device.index or 0)
+        self._dtype_name = str(dtype).removeprefix("torch.")
         self._launches: dict[tuple[Decode, bool, bool], _Launch] = {}
         self._prefills: dict[tuple[Prefill | TensorPrefill, bool], PrefillLaunch | TensorLaunch] = {}
         self._choices: dict[tuple[int, bool], Schedule] = {}
@@ -65,7 +66,7 @@ class Layer:
         self._lock = threading.Lock()
 
     def problem(self, *, bias: bool = False, dense_weight: bool = False) -> Problem:
-        return Problem(self.tile_map.shape, str(self.dtype).removeprefix("torch."), self.map, dense_weight, bias)
+        return Problem(self.tile_map.shape, self._dtype_name, self.map, dense_weight, bias)
 
     def schedule(self, tokens: int, dense_weight: bool) -> Schedule:
         """The tuned or predicted choice for this many tokens."""
@@ -85,7 +86,7 @@ class Layer:
         return self._specialisation(schedule, bias, gated and isinstance(schedule, Decode) and schedule.can_gate)
 
     def _specialisation(self, schedule: Fused, bias: bool, gated: bool) -> emit.Specialisation:
-        return emit.Specialisation(schedule, self.map.rows, str(self.dtype).removeprefix("torch."), bias, gated)
+        return emit.Specialisation(schedule, self.map.rows, self._dtype_name, bias, gated)
 
     def run(
         self, y: Tensor, x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, dense: Sequence[Tensor] = (),
@@ -227,7 +228,7 @@ class Layer:
     def _made_for(self) -> str:
         m = self.map
         return (
-            f"{self.tile_map}, {str(self.dtype).removeprefix('torch.')}: {m.slabs - m.sparse_slabs} dense and {m.sparse_slabs} "
+            f"{self.tile_map}, {self._dtype_name}: {m.slabs - m.sparse_slabs} dense and {m.sparse_slabs} "
             f"sparse slabs in {m.panels} panels, on {self.gpu.name}"
         )
 

@@ -11,6 +11,7 @@ from ..one_shot import METHODS
 from ..soft_masks.learn_config import Compat, LearnConfig, Mode, Precision, Ramp, Relaxing, TilePrior, TrainingBudget
 from .budget_options import add_budget, budget_of
 from .options import DEFAULT_SPARSITY, MASK_HELP, add_dtype_and_device, add_layers, add_quiet, positive
+from .pruned_output import add_output
 
 # of LearnConfig, by name; what is not given keeps its published value
 _NUMBERS: dict[str, tuple[Any, str]] = {
@@ -66,8 +67,7 @@ def add_options(parser: Any) -> None:
     )
     add_budget(parser)
     add_layers(parser)
-    parser.add_argument("-o", "--output", metavar="OUT", type=Path, required=True, help="directory to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is an earlier output")
+    add_output(parser)
 
     text = parser.add_argument_group("text")
     text.add_argument(

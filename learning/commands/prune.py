@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from .options import (
     default_device,
     positive,
 )
-from .pruned_output import PrunedOutput, check_places
+from .pruned_output import PrunedOutput, add_output, check_places
 
 
 def add_parser(commands: Any) -> None:
@@ -57,8 +56,7 @@ def add_parser(commands: Any) -> None:
         "--penalty", type=float, help="λ of the proximal step; default 2 / root mean square of the pruned weights / steps"
     )
     training.add_argument("--steps", type=positive, help="of the optimiser, one window each; default: once over all windows")
-    parser.add_argument("-o", "--output", metavar="OUT", type=Path, required=True, help="directory to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is an earlier output of prune")
+    add_output(parser)
     add_dtype_and_device(parser)
     add_quiet(parser)
     parser.set_defaults(run=run)

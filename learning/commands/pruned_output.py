@@ -1,7 +1,8 @@
-"""What `prune` and `learn` leave: a directory with the model and its masks, every layer on record, and a table of them."""
+"""What `prune`, `refit` and `learn` leave: a directory with the model and its masks, each layer on record, and a table."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
 from collections.abc import Mapping
@@ -20,6 +21,12 @@ from ..prune_result import PruneResult
 from .options import check_new_directory, versions
 
 _ONLY_IN_RECORD = ("layers", "bytes", "seconds", "finished")  # artifacts of the same run are the same
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """Where it goes; `check_places` looks whether it may."""
+    parser.add_argument("-o", "--output", metavar="OUT", type=Path, required=True, help="directory to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is an earlier output of this program")
 
 
 def check_places(model: str, output: Path, overwrite: bool) -> None:

@@ -13,7 +13,7 @@ from ..models import load_model
 from ..refit import refit
 from .calibration_options import add_calibration, calibration_record, calibration_windows, describe_calibration
 from .options import DTYPES, MASK_HELP, add_dtype_and_device, add_quiet, check_space, default_device, read_masks
-from .pruned_output import PrunedOutput, check_places
+from .pruned_output import PrunedOutput, add_output, check_places
 
 
 def add_parser(commands: Any) -> None:
@@ -27,8 +27,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help="the dense model: hub id, local directory or .gguf file")
     parser.add_argument("masks", metavar="MASKS", type=Path, help=MASK_HELP)
     add_calibration(parser, "calibration")
-    parser.add_argument("-o", "--output", metavar="OUT", type=Path, required=True, help="directory to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is an earlier output of this program")
+    add_output(parser)
     add_dtype_and_device(parser)
     add_quiet(parser)
     parser.set_defaults(run=run)
